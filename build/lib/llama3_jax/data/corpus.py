@@ -1,0 +1,154 @@
+"""A tokenised corpus on disk: documents by number, their lengths without reading them.
+
+A corpus is one directory: `dataset.json` (written last, so that a corpus without it is not
+complete), `shard-*.arrayrecord` (one record a document), `lengths.npy` (tokens of each document,
+uint32, memory-mapped) and the tokenizer that made it.
+"""
+
+import functools
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import UInt32
+
+from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.errors import UserError
+from llama3_jax.schema import Config, parse
+
+DATASET_FILE, LENGTHS_FILE = "dataset.json", "lengths.npy"
+FORMAT = 1
+
+
+class Shard(Config):
+    """One ArrayRecord file and what it holds."""
+
+    file: str
+    documents: int
+    tokens: int
+
+
+class DatasetInfo(Config):
+    """Content of dataset.json. `utf8_bytes` counts the text without begin and end of text."""
+
+    format: int
+    tokenizer: str
+    vocab_size: int
+    documents: int
+    tokens: int
+    utf8_bytes: int
+    shards: tuple[Shard, ...]
+
+
+class Document(NamedTuple):
+    """A document's id and its tokens, begin and end of text included."""
+
+    id: str
+    tokens: UInt32[np.ndarray, "length"]
+
+
+def encode_record(document: Document) -> bytes:
+    """The bytes of one record: length of the id, the id in UTF-8, tokens in little-endian uint32."""
+    identifier = document.id.encode()
+    tokens = np.asarray(document.tokens, "<u4").tobytes()
+    return struct.pack("<I", len(identifier)) + identifier + tokens
+
+
+def decode_record(record: bytes) -> Document:
+    (size,) = struct.unpack_from("<I", record)
+    tokens = np.frombuffer(record, "<u4", offset=4 + size)
+    return Document(record[4 : 4 + size].decode(), tokens)
+
+
+class Corpus:
+    """Random access to the documents of one tokenised corpus."""
+
+    def __init__(self, directory: str | Path):
+        """Opens a corpus without reading its documents.
+
+        Raises:
+          UserError: absent, incomplete, empty or inconsistent files, by name.
+        """
+        self.directory = Path(directory)
+        path = self.directory / DATASET_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{self.directory}: not a tokenised corpus (no {DATASET_FILE}); "
+                "make one with python -m llama3_jax.tokenize"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path}: damaged, not JSON; run llama3_jax.tokenize again") from None
+        self.info = parse(DatasetInfo, content, str(path))
+        if self.info.format != FORMAT:
+            raise UserError(f"{path}: format {self.info.format}, this version reads {FORMAT}")
+        if self.info.tokens == 0:
+            raise UserError(f"{self.directory}: the corpus is empty (no tokens)")
+        self.lengths = self._open_lengths()
+        for shard in self.info.shards:
+            if not (self.directory / shard.file).is_file():
+                raise UserError(f"{self.directory / shard.file}: shard is missing")
+
+    def _open_lengths(self) -> np.ndarray:
+        path = self.directory / LENGTHS_FILE
+        try:
+            lengths = np.load(path, mmap_mode="r")
+        except (OSError, ValueError):
+            raise UserError(f"{path}: missing or damaged; run llama3_jax.tokenize again") from None
+        if len(lengths) != self.info.documents:
+            raise UserError(f"{path}: {len(lengths)} documents, dataset.json says "
+                            f"{self.info.documents}; run llama3_jax.tokenize again")  # fmt: skip
+        return lengths
+
+    @functools.cached_property
+    def _records(self) -> grain.sources.ArrayRecordDataSource:
+        # With explicit record ranges no shard is opened before one of its documents is read.
+        paths = [f"{self.directory / s.file}[0:{s.documents}]" for s in self.info.shards]
+        return grain.sources.ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return self.info.documents
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_records"}
+
+    def document(self, index: int) -> Document:
+        """Reads one document.
+
+        Raises:
+          UserError: the shard is damaged; names the file and the document.
+        """
+        try:
+            document = decode_record(self._records[index])
+        except Exception as error:  # ArrayRecord raises bare RuntimeError, ValueError, …
+            raise UserError(self._damage(index, str(error))) from None
+        if len(document.tokens) != self.lengths[index]:
+            raise UserError(
+                self._damage(index, f"{len(document.tokens)} tokens, not {self.lengths[index]}")
+            )
+        return document
+
+    def _damage(self, index: int, reason: str) -> str:
+        ends = np.cumsum([shard.documents for shard in self.info.shards])
+        number = int(np.searchsorted(ends, index, side="right"))
+        shard = self.info.shards[number]
+        record = index - (int(ends[number]) - shard.documents)
+        return (
+            f"{self.directory / shard.file}: damaged at record {record} ({reason}); "
+            "delete the file and run llama3_jax.tokenize again"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the documents do, as far as their shards and lengths tell."""
+        digest = hashlib.blake2b(self.info.model_dump_json().encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(self.lengths[:: max(1, len(self) // 2**20)]))
+        return digest.hexdigest()
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.load(self.directory)

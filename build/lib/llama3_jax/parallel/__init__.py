@@ -1,0 +1,1 @@
+"""One mesh, one sharding table."""

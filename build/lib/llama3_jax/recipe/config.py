@@ -1,0 +1,108 @@
+"""Everything a run's config file may say."""
+
+import typing
+from typing import Any
+
+import ml_collections
+import pydantic
+from ml_collections import config_dict
+
+from llama3_jax.data.packing import Packing
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.parallel.mesh import MeshConfig
+from llama3_jax.recipe.timeline import Stage
+from llama3_jax.schema import Config, parse
+from llama3_jax.training.optimizer import OptimizerConfig
+
+
+class Source(Config):
+    """Corpora of one source, as directories written by `llama3_jax.tokenize`."""
+
+    train: str
+    validation: str | None = None
+
+
+class DataConfig(Config):
+    """`workers` processes build batches; 0 is one thread of the trainer."""
+
+    sources: dict[str, Source]
+    packing: Packing = "best_fit"
+    workers: pydantic.NonNegativeInt = 0
+
+
+class CheckpointConfig(Config):
+    """A save every `every_steps`; the newest `keep_last` stay, and multiples of `keep_every`."""
+
+    every_steps: pydantic.PositiveInt
+    keep_last: pydantic.PositiveInt = 2
+    keep_every: pydantic.PositiveInt | None = None
+
+
+class ValidationConfig(Config):
+    """Loss on up to `tokens` held-out tokens of each source, every `every_tokens` and at the end.
+
+    In rows of `length`, or of the stage's length where it is not given.
+    """
+
+    every_tokens: pydantic.PositiveInt
+    tokens: pydantic.PositiveInt
+    length: pydantic.PositiveInt | None = None
+
+
+class SampleConfig(Config):
+    """Text generated greedily from each prompt whenever validation runs, for the report."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: pydantic.PositiveInt = 64
+
+
+class RunConfig(Config):
+    """A training run. `max_bad_steps` consecutive steps with a NaN or infinite loss stop it."""
+
+    seed: int = 0
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig | None = None
+    samples: SampleConfig = SampleConfig()
+    max_bad_steps: pydantic.PositiveInt = 10
+    log_every: pydantic.PositiveInt = 1
+
+
+def run_config(**values) -> ml_collections.ConfigDict:
+    """What a config file's `get_config` returns: `values` checked, every default filled in.
+
+    With the defaults present, `--config.any.valid.key=value` works for each of them.
+
+    Raises:
+      UserError: an unknown key or a bad value.
+    """
+    return ml_collections.ConfigDict(_overridable(parse(RunConfig, values)))
+
+
+def _overridable(value: Any) -> Any:
+    """A config as plain values; a None that stands for a number or text may be set by a flag."""
+    if isinstance(value, Config):
+        fields = type(value).model_fields
+        return {
+            name: _placeholder(field.annotation)
+            if getattr(value, name) is None
+            else _overridable(getattr(value, name))
+            for name, field in fields.items()
+        }
+    if isinstance(value, dict):
+        return {key: _overridable(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_overridable(item) for item in value)
+    return value
+
+
+def _placeholder(annotation: Any) -> Any:
+    for option in typing.get_args(annotation):
+        kind = typing.get_args(option)[0] if typing.get_args(option) else option
+        if kind in (int, float, str):
+            return config_dict.placeholder(kind)
+    return None

@@ -1,0 +1,81 @@
+"""What a checkpoint says of its run, and whether a config goes on with the same one."""
+
+import json
+from typing import Any
+
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.errors import UserError
+from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.timeline import ResolvedStage, Timeline
+from llama3_jax.training.checkpoint import model_metadata
+
+# How the model is computed may change at a resume; what it is may not.
+_FREE_MODEL_KEYS = ("dtype", "attention", "remat", "layer_unroll", "init_std", "rope")
+# A batch means the same whatever mesh it is spread over and however it is cut.
+_FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens")
+
+
+def run_metadata(
+    config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus], step: int, bad_steps: int
+) -> dict[str, Any]:
+    """Metadata of the checkpoint after `step` steps."""
+    tokenizer = next(iter(corpora.values())).info.tokenizer
+    return model_metadata(config.model, tokenizer) | {
+        "step": step,
+        "consumed_tokens": timeline.consumed(step),
+        "bad_steps": bad_steps,
+        "seed": config.seed,
+        "packing": config.data.packing,
+        "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
+        "stages": [_stage_metadata(stage) for stage in timeline.stages],
+        "config": json.loads(config.model_dump_json()),
+    }
+
+
+def _stage_metadata(stage: ResolvedStage) -> dict[str, Any]:
+    values = stage._asdict()
+    values |= {key: values[key].model_dump() for key in ("rope", "mesh")}
+    return json.loads(json.dumps(values))
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with a checkpoint of another run.
+
+    The model, the tokenizer, the data, the seed and the stages begun so far must be the same, or
+    the result would be that of no config at all. Stages not yet begun may be changed.
+
+    Raises:
+      UserError: names the key, its value in the checkpoint and its value now.
+    """
+
+    def compare(where: str, before: Any, after: Any, reason: str = "") -> None:
+        if before != after:
+            raise UserError(
+                f"{where} is {after!r}, but the checkpoint of step {saved['step']} was made with "
+                f"{before!r}{reason}; restore the old value or choose another --workdir"
+            )
+
+    for key, value in now["model"].items():
+        if key not in _FREE_MODEL_KEYS:
+            compare(f"config.model.{key}", saved["model"].get(key), value)
+    compare("the tokenizer", saved["tokenizer"], now["tokenizer"])
+    compare("config.seed", saved["seed"], now["seed"])
+    compare("config.data.packing", saved["packing"], now["packing"])
+    compare("config.data.sources", sorted(saved["corpora"]), sorted(now["corpora"]))
+    for name, fingerprint in now["corpora"].items():
+        where = f"the corpus of config.data.sources.{name}.train"
+        compare(where, saved["corpora"][name], fingerprint, " (fingerprints)")
+    for number, before in enumerate(saved["stages"]):
+        if before["first_step"] > saved["step"]:
+            break
+        if number >= len(now["stages"]):
+            raise UserError(f"config.stages: the checkpoint of step {saved['step']} lies in stage "
+                            f"{number} ({before['name']}), which is gone")  # fmt: skip
+        after = dict(now["stages"][number])
+        # The stage under way may be made longer or shorter, as long as it reaches the checkpoint.
+        if before["first_step"] + before["steps"] > saved["step"]:
+            begun = saved["step"] - before["first_step"]
+            after["steps"] = before["steps"] if after["steps"] >= begun else after["steps"]
+        for key, value in before.items():
+            if key not in _FREE_STAGE_KEYS:
+                compare(f"config.stages.{number}.{key}", value, after[key])

@@ -1,0 +1,256 @@
+"""Checkpoints through orbax: asynchronous, atomic, verified, restored from the newest valid one.
+
+One checkpoint holds two trees, `params` and `optimizer`, and JSON metadata: the model's config, the
+tokenizer's fingerprint, the position in the timeline, the run's config, and a checksum of every
+array. A model directory (converted weights) is the same without `optimizer`. All use of orbax
+is in this file.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.transformer import Params, abstract_params
+
+CHECKPOINTS = "checkpoints"
+
+
+class LoadedModel(NamedTuple):
+    """Weights with what is needed to use them; `tokenizer` is a fingerprint, if known."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: str | None
+
+
+class Restored(NamedTuple):
+    step: int
+    params: Params
+    optimizer: Any
+    metadata: dict[str, Any]
+
+
+class DamagedCheckpoint(Exception):
+    """The checkpoint cannot be trusted; the message says why."""
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    def checksum(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        index = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        # Odd weights are invertible modulo 2^32: one flipped bit always changes the sum.
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A 32-bit sum of each array's bits, weighted by place; the same on every mesh."""
+    leaves = jax.tree_util.tree_leaves_with_path(_sums(tree))
+    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory/<step>`."""
+
+    def __init__(self, directory: Path, keep_last: int, keep_every: int | None):
+        """Keeps the newest `keep_last`, and for good those at multiples of `keep_every` steps."""
+        self.directory = directory.absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(keep_last)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        self._keep = policies.AnyPreservationPolicy(keep)
+        self._manager: ocp.training.Checkpointer | None = None
+        self._pending: Any = None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        if self._manager is None:
+            self._manager = ocp.training.Checkpointer(
+                self.directory, preservation_policy=self._keep, cleanup_tmp_directories=True
+            )
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+        return sorted(int(name) for name in names)
+
+    def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
+        """Starts a save and returns; waits for the one before it, and raises its error if any.
+
+        A step that has been saved already is not saved again.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        trees = {"params": params, "optimizer": optimizer}
+        metadata = metadata | {"checksums": checksums(trees)}
+        self._pending = self._open().save_checkpointables_async(
+            step, trees, force=True, custom_metadata=metadata
+        )
+
+    def wait(self) -> None:
+        """Blocks until the last save is complete on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata of a checkpoint.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read.
+        """
+        return _metadata(self.directory / str(step))
+
+    def restore(self, step: int, abstract_params: Params, abstract_optimizer: Any) -> Restored:
+        """Reads one checkpoint onto the shardings of the abstract trees and verifies it.
+
+        Raises:
+          DamagedCheckpoint: unreadable, or an array differs from what was saved.
+        """
+        path = self.directory / str(step)
+        abstract = {"params": abstract_params, "optimizer": abstract_optimizer}
+        metadata = _metadata(path)
+        trees = _load(path, abstract, metadata)
+        return Restored(step, trees["params"], trees["optimizer"], metadata)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        target = self.directory.with_name("damaged_checkpoints")
+        target.mkdir(exist_ok=True)
+        number = sum(1 for path in target.iterdir() if path.name.split("-")[0] == str(step))
+        target /= f"{step}-{number}"
+        shutil.move(self.directory / str(step), target)
+        return target
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+    except Exception as error:  # orbax raises many kinds for damaged files
+        raise DamagedCheckpoint(f"metadata cannot be read ({_brief(error)})") from None
+    if not metadata or "checksums" not in metadata:
+        raise DamagedCheckpoint("metadata lacks the checksums")
+    return metadata
+
+
+def _load(path: Path, abstract: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        trees = ocp.load_checkpointables(path, abstract)
+    except Exception as error:  # tensorstore, zstd and JSON errors have no common base
+        raise DamagedCheckpoint(_brief(error)) from None
+    for key, value in checksums(trees).items():
+        if metadata["checksums"].get(key) != value:
+            raise DamagedCheckpoint(f"array {key} differs from what was saved")
+    return trees
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def restore_newest(
+    checkpoints: Checkpoints, abstract_params: Params, abstract_optimizer: Any, check: Any
+) -> Restored | None:
+    """The newest valid checkpoint, or None if there is none at all.
+
+    Damaged ones are named in the log, moved to `damaged_checkpoints` and passed over.
+    `check(metadata)` may raise UserError for a checkpoint that is whole but of another run.
+
+    Raises:
+      UserError: there are checkpoints, and every one is damaged.
+    """
+    steps = checkpoints.steps()
+    for step in reversed(steps):
+        try:
+            check(checkpoints.metadata(step))
+            return checkpoints.restore(step, abstract_params, abstract_optimizer)
+        except DamagedCheckpoint as error:
+            place = checkpoints.set_aside(step)
+            logging.warning("checkpoint of step %d is damaged (%s): moved to %s, passed over",
+                            step, error, place)  # fmt: skip
+    if steps:
+        raise UserError(
+            f"{checkpoints.directory}: all {len(steps)} checkpoints are damaged; "
+            "remove the workdir to start again from nothing"
+        )
+    return None
+
+
+def save_model(
+    directory: Path, config: ModelConfig, params: Params, tokenizer: str | None = None
+) -> None:
+    """Writes weights alone as a model directory.
+
+    Raises:
+      UserError: `directory` exists and is not empty.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not empty; choose another place")
+    if directory.exists():
+        directory.rmdir()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    trees = {"params": params}
+    metadata = model_metadata(config, tokenizer) | {"checksums": checksums(trees)}
+    ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Weights from a model directory, a checkpoint, or a run's workdir (its newest checkpoint).
+
+    Raises:
+      UserError: nothing there, or it is damaged.
+    """
+    path = Path(path).absolute()
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+        steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()]
+        if not steps:
+            raise UserError(f"{path}: no checkpoint yet")
+        path = path / str(max(steps))
+    if not (path / "params").is_dir():
+        raise UserError(f"{path}: no model here (neither a run, a checkpoint nor a model folder)")
+    try:
+        metadata = _metadata(path)
+        config = ModelConfig.model_validate(metadata["model"])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            ),
+            abstract_params(config),
+        )
+        params = _load(path, {"params": abstract}, metadata)["params"]
+    except DamagedCheckpoint as error:
+        raise UserError(f"{path}: damaged checkpoint: {error}") from None
+    return LoadedModel(config, params, metadata.get("tokenizer"))
+
+
+def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
+    return {"model": json.loads(config.model_dump_json()), "tokenizer": tokenizer}
+
+
+def state_bytes(*trees: Any) -> int:
+    """Bytes of all arrays of the trees."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(trees))

@@ -1,0 +1,172 @@
+"""The whole recipe in miniature on real text: `make demo`, or python -m experiments.demo.run.
+
+Each part leaves its result under --workdir and is passed over when that is there, so the same
+command goes on where it was interrupted.
+"""
+
+import os
+
+# The demo is meant for any machine's CPU; must be set before jax is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import rustbpe
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.demo import corpus
+from experiments.demo.train import SOURCES, VOCAB_SIZE
+from llama3_jax import cli, report
+from llama3_jax.data import tokenizing
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.data.tokenizer import LLAMA3_PATTERN, Tokenizer
+from llama3_jax.evaluation.ngram import NgramModel
+from llama3_jax.files import write_json
+from llama3_jax.training.metrics import read_metrics
+
+HOLDOUT = 0.03
+SPECIALS = 16
+BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
+BASELINES_FILE = "baselines.json"
+CONFIG = Path(__file__).with_name("train.py")
+
+FLAGS = flags.FLAGS
+console = Console(soft_wrap=True, highlight=False)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
+
+
+def main(_) -> int:
+    workdir = Path(FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    part("collect real text from installed packages", workdir / "corpus", collect)
+    part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
+    part("tokenize", workdir / "tokens", tokenize)
+    part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
+    console.rule("train", align="left")
+    if code := train(workdir):
+        return code
+    report.write_report(workdir)
+    summarise(workdir)
+    return 0
+
+
+def part(title: str, result: Path, make: Callable[[Path], None]) -> None:
+    """Runs `make(result)` unless an earlier run finished it."""
+    done = result.with_name(f".{result.name}.done")
+    if done.exists():
+        console.print(f"{title}: already in {result}")
+        return
+    console.rule(title, align="left")
+    begun = time.monotonic()
+    make(result)
+    done.touch()
+    console.print(f"{time.monotonic() - begun:.0f} s")
+
+
+# --------------------------------------------------------------------------------------- the parts
+
+
+def collect(result: Path) -> None:
+    result.mkdir(exist_ok=True)
+    for source, counts in corpus.build(result).items():
+        each = ", ".join(f"{number:,} {unit}" for unit, number in counts.items())
+        console.print(f"{source}: {each}")
+
+
+def train_tokenizer(result: Path) -> None:
+    """Byte-pair encoding on the documents that are not held out."""
+
+    def texts() -> Iterator[str]:
+        for source in SOURCES:
+            with open(result.parent / "corpus" / f"{source}.jsonl", encoding="utf-8") as lines:
+                for document in map(json.loads, lines):
+                    if not tokenizing.in_holdout(document["id"], HOLDOUT):
+                        yield document["text"]
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts(), VOCAB_SIZE - SPECIALS, pattern=LLAMA3_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    result.mkdir(exist_ok=True)
+    Tokenizer(ranks, SPECIALS).save(result)
+
+
+def tokenize(result: Path) -> None:
+    for source in SOURCES:
+        infos = tokenizing.tokenize(
+            [result.parent / "corpus" / f"{source}.jsonl"],
+            result / source,
+            result.parent / "tokenizer_4k",
+            tokenizing.Options(holdout=HOLDOUT),
+        )
+        each = ", ".join(
+            f"{split} {info.documents:,} documents, {info.tokens:,} tokens"
+            for split, info in infos.items()
+        )
+        console.print(f"{source}: {each}")
+
+
+def count_baselines(result: Path) -> None:
+    """Mean loss of n-gram models, trained on all sources, on each source's held-out documents."""
+
+    def documents(split: str, *sources: str) -> Iterator:
+        for source in sources:
+            split_corpus = Corpus(result.parent / "tokens" / source / split)
+            yield from (split_corpus.document(i).tokens for i in range(len(split_corpus)))
+
+    losses = {}
+    for name, order in BASELINES.items():
+        model = NgramModel(documents("train", *SOURCES), VOCAB_SIZE, order)
+        losses[name] = {
+            source: float(model.losses(documents("validation", source)).mean())
+            for source in SOURCES
+        }
+        each = ", ".join(f"{source} {loss:.3f}" for source, loss in losses[name].items())
+        console.print(f"{name}: {each} nats per held-out token")
+    write_json(result, losses)
+
+
+def train(workdir: Path) -> int:
+    """Runs the training door as a user would; an interruption reaches it, too."""
+    command = [sys.executable, "-m", "llama3_jax.train"]
+    command += [f"--config={CONFIG}:{workdir}", f"--workdir={workdir}"]
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # the trainer has had the signal as well: it saves and ends
+
+
+def summarise(workdir: Path) -> None:
+    """Where the model ended beside the baselines, and where to look."""
+    records = read_metrics(workdir)
+    final = [record for record in records if record["kind"] == "validation"][-1]
+    baselines = json.loads((workdir / BASELINES_FILE).read_text())
+    table = Table(title="Loss on held-out documents, nats per token")
+    for column in ("source", *baselines, "this model", "bits per byte"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source, loss in final["losses"].items():
+        counted = [f"{baselines[name][source]:.3f}" for name in baselines]
+        table.add_row(source, *counted, f"{loss:.3f}", f"{final['bits_per_byte'][source]:.3f}")
+    console.print(table)
+    samples = [record for record in records if record["kind"] == "sample"][-1]["samples"]
+    for sample in samples:
+        console.print(f"[bold]{sample['prompt']!r}[/bold] goes on: {sample['text']!r}")
+    console.print(f"\nLook at {workdir / 'report.html'} in a browser; TensorBoard events are in "
+                  f"{workdir / 'tensorboard'}; try\n  .venv/bin/python -m llama3_jax.generate "
+                  f"--model={workdir} --prompt='To be'")  # fmt: skip
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

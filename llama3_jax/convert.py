@@ -1,0 +1,83 @@
+"""Converts weights between Hugging Face and this package, either way.
+
+    python -m llama3_jax.convert --from=Meta-Llama-3-8B --to=models/llama3_8b
+    python -m llama3_jax.convert --from=runs/demo --to=exported/demo --dtype=bfloat16
+
+--from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
+folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
+Hugging Face directory, with --max_length as the longest text it says it was trained for.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from llama3_jax import cli
+from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.errors import UserError
+from llama3_jax.model import hf
+from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model, save_model
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("from", None, "What to convert.", required=True)
+    flags.DEFINE_string("to", None, "Folder to write: absent or empty.", required=True)
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "Of the Hugging Face weights; default bfloat16."
+    )
+    flags.DEFINE_integer("max_length", None, "Its max_position_embeddings.", lower_bound=1)
+
+
+def main(_) -> None:
+    # In host memory: a model may be larger than an accelerator's.
+    jax.config.update("jax_platforms", "cpu")
+    convert(Path(FLAGS["from"].value), Path(FLAGS.to), FLAGS.dtype, FLAGS.max_length)
+
+
+def convert(
+    source: Path, target: Path, dtype: str | None = None, max_length: int | None = None
+) -> None:
+    """Writes `target` in the format that `source` is not in.
+
+    Raises:
+      UserError: `source` is neither, `target` is taken, or an option that this way does not use.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to={target} exists and is not an empty directory; name a new one")
+    if (source / CHECKPOINTS).is_dir() or (source / "params").is_dir():
+        loaded = load_model(source)
+        ids = _text_ends(source, loaded)
+        dtype = dtype or "bfloat16"
+        hf.save(target, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
+        config, kind = loaded.config, f"Hugging Face, {dtype}"
+    elif (source / "config.json").is_file():
+        if dtype or max_length:
+            given = "--dtype" if dtype else "--max_length"
+            raise UserError(f"{given} is for Hugging Face weights; here {target} gets float32 ones")
+        config, params = hf.load(source)
+        save_model(target, config, params)
+        kind = "model folder, float32"
+    else:
+        raise UserError(
+            f"--from={source} is neither a Hugging Face directory (config.json) nor a run, "
+            "a checkpoint or a model folder"
+        )
+    print(f"wrote {config.parameter_count():,} parameters to {target} ({kind})")
+
+
+def _text_ends(source: Path, loaded: LoadedModel) -> dict[str, int]:
+    """Ids of begin and end of text by the tokenizer in the run's folder, if the model is its."""
+    folder = tokenizers.find(source)
+    if folder is not None:
+        tokenizer = tokenizers.load(folder)
+        if loaded.tokenizer == tokenizer.fingerprint:
+            return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    return {}
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,154 @@
+"""Packed, mixed batches over all stages of a run, as a pure function of (seed, step).
+
+The stream of each source goes on from stage to stage: a change of length, batch or mix neither
+repeats nor skips documents (best_fit may leave the rest of one window of 64 rows behind).
+"""
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.data.mixing import Mix
+from llama3_jax.data.packing import PackedRows, Packing, Span, Stream, build_row
+from llama3_jax.errors import UserError
+
+
+class StageShape(NamedTuple):
+    """What the data need to know of a stage. `mix` maps sources to weights."""
+
+    steps: int
+    batch_rows: int
+    length: int
+    mix: dict[str, float]
+
+
+class LedgerEntry(NamedTuple):
+    """One span of a batch: where it lies, and tokens [start, stop) of which document."""
+
+    row: int
+    source: str
+    document: str
+    start: int
+    stop: int
+
+
+class Batches:
+    """The batches of a whole run."""
+
+    def __init__(
+        self, corpora: dict[str, Corpus], stages: list[StageShape], seed: int, packing: Packing
+    ):
+        """Cheap: no document is read.
+
+        Raises:
+          UserError: a mix names a source that has no corpus, or bad weights.
+        """
+        self.corpora = corpora
+        self.sources = tuple(corpora)
+        self.stages = stages
+        self._streams = {name: Stream(corpus, name, seed) for name, corpus in corpora.items()}
+        self._mixes, self._rows = [], []
+        origins = dict.fromkeys(corpora, 0)
+        for number, stage in enumerate(stages):
+            if unknown := set(stage.mix) - set(corpora):
+                raise UserError(
+                    f"stages.{number}.mix: {min(unknown)!r} is no source; sources: "
+                    f"{', '.join(corpora)}"
+                )
+            mix = Mix(stage.mix)
+            rows = {
+                name: PackedRows(self._streams[name], origins[name], stage.length, packing)
+                for name in mix.sources
+            }
+            for name, count in mix.counts(stage.steps * stage.batch_rows).items():
+                origins[name] = rows[name].end(count)
+            self._mixes.append(mix)
+            self._rows.append(rows)
+        self.consumed = origins
+        self._first_steps = np.cumsum([0, *(stage.steps for stage in stages)]).tolist()
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source's corpus is read over the whole run."""
+        return {
+            name: self.consumed[name] / stream.epoch_tokens
+            for name, stream in self._streams.items()
+        }
+
+    def spans(self, stage: int, row: int) -> tuple[str, list[Span]]:
+        """Source and spans of a row, numbered from the stage's start."""
+        ((source, index),) = self._mixes[stage].draw(row, row + 1)
+        return source, self._rows[stage][source].row(index)
+
+    def row(self, stage: int, row: int) -> dict[str, np.ndarray]:
+        """The arrays of a row (see `build_row`) and `source`, its index in `sources`."""
+        source, spans = self.spans(stage, row)
+        arrays = build_row(self.corpora[source], spans, self.stages[stage].length)
+        return arrays | {"source": np.int32(self.sources.index(source))}
+
+    def documents(self, step: int) -> list[LedgerEntry]:
+        """Which documents made the batch of `step` (from 0): the ledger.
+
+        Raises:
+          UserError: the run has no such step.
+        """
+        if not 0 <= step < self._first_steps[-1]:
+            raise UserError(f"step {step} is outside the run: steps 0 to {self._first_steps[-1] - 1}")
+        stage = bisect.bisect_right(self._first_steps, step) - 1
+        batch_rows = self.stages[stage].batch_rows
+        first = (step - self._first_steps[stage]) * batch_rows
+        entries = []
+        for row in range(batch_rows):
+            source, spans = self.spans(stage, first + row)
+            for span in spans:
+                identifier = self.corpora[source].document(span.document).id
+                entries.append(LedgerEntry(row, source, identifier, span.start, span.stop))
+        return entries
+
+    def load(
+        self, stage: int, first_step: int = 0, *, host: int = 0, hosts: int = 1, workers: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This host's part of the batches of a stage, from its step `first_step` on.
+
+        The global batch does not depend on `hosts`: host h gets its h-th contiguous part. Rows are
+        built ahead of use in a thread, or in `workers` processes.
+
+        Raises:
+          UserError: the batch cannot be divided among the hosts.
+        """
+        shape = self.stages[stage]
+        if shape.batch_rows % hosts:
+            raise UserError(
+                f"a batch of {shape.batch_rows} rows cannot be divided among {hosts} hosts"
+            )
+        rows = _HostRows(self, stage, host, hosts)
+        per_host = shape.batch_rows // hosts
+        dataset = grain.MapDataset.source(rows)[first_step * per_host :].batch(per_host)
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * per_host)
+        iterator = dataset.to_iter_dataset(read)
+        if workers:
+            iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        return iter(iterator)
+
+
+class _HostRows(grain.sources.RandomAccessDataSource):
+    """The rows of one host, as a grain source."""
+
+    def __init__(self, batches: Batches, stage: int, host: int, hosts: int):
+        self._batches, self._stage, self._host = batches, stage, host
+        self._shape = batches.stages[stage]
+        self._per_host = self._shape.batch_rows // hosts
+
+    def __len__(self) -> int:
+        return self._shape.steps * self._per_host
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, row = divmod(int(index), self._per_host)
+        row += step * self._shape.batch_rows + self._host * self._per_host
+        return self._batches.row(self._stage, row)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(stage={self._stage}, host={self._host})"

@@ -1,0 +1,1 @@
+"""The network: config and presets, layers, transformer, loss, decoding, Hugging Face weights."""

@@ -1,0 +1,132 @@
+"""One transformer block in Flax NNX: RMSNorm, grouped-query attention, SwiGLU.
+
+Every parameter is float32 and carries its logical axes; `parallel/sharding.py` maps those to mesh
+axes. Shapes: B batch, S length, M model dim, H query heads, K KV heads, D head dim, F FFN dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from llama3_jax.kernels.attention import Places, attention
+from llama3_jax.kernels.linear import linear
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.rope import apply_rope
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
+    """A float32 parameter drawn from a normal distribution; std 0 means all ones (a norm)."""
+    if std == 0:
+        return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, [B, slots, K, D]; slot i holds position i of its row."""
+
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K D"]
+
+
+class Context(NamedTuple):
+    """What every layer shares: RoPE tables, and where queries and keys lie.
+
+    With a cache, a new key goes to the slot of its position.
+    """
+
+    rope: tuple[Array, Array]
+    queries: Places
+    keys: Places
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm (Zhang & Sennrich 2019), in float32, returned in the input's dtype."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.eps = config.norm_eps
+        self.scale = parameter(rngs, (config.dim,), ("embed",), std=0)
+
+    def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with RoPE."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        M, H, K, D = config.dim, config.heads, config.kv_heads, config.head_dim
+        std = config.init_std
+        # Residual outputs start smaller by sqrt(2 * layers), so that depth does not add variance.
+        out_std = std / (2 * config.layers) ** 0.5
+        self.query = parameter(rngs, (M, H, D), ("embed", "heads", "head_dim"), std)
+        self.key = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
+        self.value = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
+        self.out = parameter(rngs, (H, D, M), ("heads", "head_dim", "embed"), out_std)
+        self.implementation = config.attention
+
+    def __call__(
+        self, x_BSM: Float[Array, "B S M"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B S M"], Cache | None]:
+        q_BSHD = apply_rope(_to_heads(x_BSM, self.query), context.rope)
+        k_BSKD = apply_rope(_to_heads(x_BSM, self.key), context.rope)
+        v_BSKD = _to_heads(x_BSM, self.value)
+        implementation = self.implementation
+        if cache is not None:
+            rows, slots = jnp.arange(x_BSM.shape[0])[:, None], context.queries.positions
+            cache = Cache(
+                cache.keys.at[rows, slots].set(k_BSKD), cache.values.at[rows, slots].set(v_BSKD)
+            )
+            k_BSKD, v_BSKD = cache
+            implementation = "reference"  # the others are made for whole rows
+        out_BSHD = attention(
+            q_BSHD, k_BSKD, v_BSKD, context.queries, context.keys, implementation
+        )
+        out_BSHD = checkpoint_name(out_BSHD, "attention_out")
+        H, D, M = self.out.shape
+        out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)
+        return linear(out_BSN, self.out[...].reshape(H * D, M)), cache
+
+
+def _to_heads(x_BSM: Array, weight: nnx.Param) -> Array:
+    """[B, S, heads, head dim]"""
+    M, H, D = weight.shape
+    return linear(x_BSM, weight[...].reshape(M, H * D)).reshape(*x_BSM.shape[:2], H, D)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        M, F, std = config.dim, config.ffn_dim, config.init_std
+        out_std = std / (2 * config.layers) ** 0.5
+        self.gate = parameter(rngs, (M, F), ("embed", "mlp"), std)
+        self.up = parameter(rngs, (M, F), ("embed", "mlp"), std)
+        self.down = parameter(rngs, (F, M), ("mlp", "embed"), out_std)
+
+    def __call__(self, x_BSM: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+        gate_BSF, up_BSF = linear(x_BSM, self.gate[...]), linear(x_BSM, self.up[...])
+        return linear(jax.nn.silu(gate_BSF) * up_BSF, self.down[...])
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = RMSNorm(config, rngs=rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S M"], context: Context, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S M"], Cache | None]:
+        x = checkpoint_name(x, "block_input")
+        attended, cache = self.attention(self.attention_norm(x), context, cache)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), cache

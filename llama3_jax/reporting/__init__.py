@@ -1,0 +1,1 @@
+"""A run's metrics as one page: report.html, which opens without a network."""

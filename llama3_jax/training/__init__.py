@@ -1,0 +1,1 @@
+"""The step: optimizer, checkpoint, metrics, progress."""

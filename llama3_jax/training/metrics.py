@@ -1,0 +1,66 @@
+"""What is measured: one line of JSON each in metrics.jsonl, and TensorBoard beside it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from llama3_jax.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends records; a resumed run first forgets those after the checkpoint it goes on from."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Drops the records of steps after `step`, and a line cut off by a crash."""
+        self._path = workdir / METRICS_FILE
+        if self._path.exists():
+            kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+            write_text(self._path, "".join(map(_line, kept)))
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, tokens: int, values: dict[str, Any]) -> None:
+        """Records `values` of a kind ("train", "validation", …) after `step` steps.
+
+        Numbers, and numbers in dicts one level down, also go to TensorBoard.
+        """
+        record = {"kind": kind, "step": step, "tokens": tokens, **values}
+        self._file.write(_line(record))
+        self._file.flush()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                for name, number in value.items():
+                    self._scalar(f"{kind}/{key}/{name}", number, step)
+            else:
+                self._scalar(f"{kind}/{key}", value, step)
+
+    def _scalar(self, tag: str, value: Any, step: int) -> None:
+        if isinstance(value, int | float):
+            self._board.add_scalar(tag, value, step)
+
+    def sync(self) -> None:
+        """Makes sure that all records are on disk: before a checkpoint counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """All records of a run; a last line that a crash cut off is left out."""
+    records = []
+    with open(workdir / METRICS_FILE, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

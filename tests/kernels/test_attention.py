@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama3_jax.kernels.attention import Places, attention
+
+
+def packed_places(random: np.random.Generator, rows: int, length: int) -> Places:
+    """Random documents in order, some of one token, padding (segment 0) at the end."""
+    positions, segments = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        at, segment = 0, 1
+        end = length - random.integers(0, length // 4)
+        while at < end:
+            size = min(int(random.choice([1, 2, 7, 40, length])), end - at)
+            positions[row, at : at + size] = np.arange(size)
+            segments[row, at : at + size] = segment
+            at, segment = at + size, segment + 1
+    return Places(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def float64_attention(q, k, v, places: Places) -> np.ndarray:
+    """An independent reference: a loop over queries and heads in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    positions, segments = (np.asarray(x) for x in places)
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, s, h in np.ndindex(q.shape[:3]):
+        seen = (segments[b] == segments[b, s]) & (positions[b] <= positions[b, s])
+        scores = k[b, seen, h // group] @ q[b, s, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, s, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(37, 4, 4), (150, 6, 2), (256, 8, 1)])
+def test_equals_a_float64_loop(implementation, length, heads, kv_heads):
+    random = np.random.default_rng()
+    q = random.normal(size=(2, length, heads, 16)).astype(np.float32)
+    k, v = random.normal(size=(2, 2, length, kv_heads, 16)).astype(np.float32)
+    places = packed_places(random, 2, length)
+    out = attention(q, k, v, places, places, implementation)
+    assert np.isfinite(out).all()
+    real, expected = np.asarray(places.segments) > 0, float64_attention(q, k, v, places)
+    np.testing.assert_allclose(out[real], expected[real], atol=4e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(37, 4, 4), (150, 6, 2), (256, 8, 1)])
+def test_chunked_gradients_equal_those_of_the_reference_in_float64(length, heads, kv_heads):
+    random = np.random.default_rng()
+    q, cotangent = random.normal(size=(2, 2, length, heads, 16))
+    k, v = random.normal(size=(2, 2, length, kv_heads, 16))
+    places = packed_places(random, 2, length)
+    cotangent = cotangent * (np.asarray(places.segments) > 0)[:, :, None, None]
+
+    def gradients(implementation, dtype):
+        def scalar(q, k, v):
+            out = attention(q, k, v, places, places, implementation)
+            return jnp.sum(out * cotangent.astype(dtype))
+
+        return jax.grad(scalar, argnums=(0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
+
+    with jax.enable_x64(True):
+        expected = gradients("reference", np.float64)
+    for ours, reference in zip(gradients("chunked", np.float32), expected, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_bfloat16_stays_close_to_float32(implementation):
+    random = np.random.default_rng(0)
+    q = random.normal(size=(1, 64, 4, 32)).astype(np.float32)
+    k, v = random.normal(size=(2, 1, 64, 2, 32)).astype(np.float32)
+    places = packed_places(random, 1, 64)
+    low = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    out = attention(*low, places, places, implementation)
+    assert out.dtype == jnp.bfloat16
+    real, expected = np.asarray(places.segments) > 0, float64_attention(q, k, v, places)
+    np.testing.assert_allclose(out.astype(np.float32)[real], expected[real], atol=0.06)

@@ -1,0 +1,172 @@
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.training import checkpoint
+from llama3_jax.training.checkpoint import Checkpoints, load_model, restore_newest, save_model
+from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.step import abstract_state, init_state
+
+MODEL = ModelConfig(
+    vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
+)
+OPTIMIZER = OptimizerConfig()
+MESH = MeshConfig(data=8)
+
+
+def state_of(seed: int):
+    return init_state(MODEL, OPTIMIZER, make_mesh(MESH), seed)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A run with checkpoints of steps 1, 2 and 3, whose states come from those seeds."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=3, keep_every=None)
+    for step in (1, 2, 3):
+        state = state_of(step)
+        metadata = checkpoint.model_metadata(MODEL, "fingerprint") | {"step": step}
+        checkpoints.save(step, state.params, state.optimizer, metadata)
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(workdir: Path, mesh: MeshConfig = MESH):
+    abstract = abstract_state(MODEL, OPTIMIZER, make_mesh(mesh))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=3, keep_every=None)
+    restored = restore_newest(checkpoints, abstract.params, abstract.optimizer, lambda _: None)
+    checkpoints.close()
+    return restored
+
+
+def assert_state(restored, seed: int):
+    expected = jax.device_get(state_of(seed))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get((restored.params, restored.optimizer)),
+        tuple(expected),
+    )
+
+
+@pytest.mark.parametrize("mesh", [MESH, MeshConfig(data=4, tensor=2)], ids=str)
+def test_the_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, mesh):
+    restored = restore(saved, mesh)
+    assert restored.step == 3 and restored.metadata["step"] == 3
+    assert_state(restored, 3)
+    leaves = jax.tree.leaves(restored.params)
+    assert all(x.sharding.mesh.shape["data"] == mesh.data for x in leaves)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder: Path):
+    path = largest(folder)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_bit(folder: Path):
+    path = largest(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def lose_metadata(folder: Path):
+    (folder / "_CHECKPOINT_METADATA").unlink()
+
+
+def lose_optimizer(folder: Path):
+    shutil.rmtree(folder / "optimizer")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bit, lose_metadata, lose_optimizer])
+def test_a_damaged_checkpoint_is_named_and_passed_over(saved, damage, caplog):
+    damage(saved / "checkpoints/3")
+    damage(saved / "checkpoints/2")
+    restored = restore(saved)
+    assert restored.step == 1
+    assert_state(restored, 1)
+    for step in (2, 3):
+        assert f"checkpoint of step {step} is damaged" in caplog.text
+        assert (saved / f"damaged_checkpoints/{step}-0").is_dir()
+
+
+def test_a_value_changed_behind_valid_compression_is_found(saved):
+    """Damage that decompresses well: only the checksums can tell."""
+    state = state_of(9)
+    checkpoints = Checkpoints(saved / "checkpoints", keep_last=9, keep_every=None)
+    metadata = checkpoints.metadata(3)
+    checkpoints.save(4, state.params, state.optimizer, {"step": 4})
+    checkpoints.close()
+    other = (saved / "checkpoints/3/_CHECKPOINT_METADATA").read_text()
+    (saved / "checkpoints/4/_CHECKPOINT_METADATA").write_text(other)
+    assert metadata["checksums"]
+    assert restore(saved).step == 3
+
+
+def test_one_flipped_bit_always_changes_the_checksum():
+    random = np.random.default_rng()
+    x = random.normal(size=(7, 5)).astype(np.float32)
+    before = checkpoint.checksums({"x": x})
+    for _ in range(50):
+        y = x.copy().view(np.uint32)
+        y.flat[random.integers(y.size)] ^= np.uint32(1 << int(random.integers(32)))
+        assert checkpoint.checksums({"x": y.view(np.float32)}) != before
+    swapped = x.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert checkpoint.checksums({"x": swapped}) != before
+
+
+def test_when_all_are_damaged_the_run_stops(saved):
+    for step in (1, 2, 3):
+        truncate(saved / f"checkpoints/{step}")
+    with pytest.raises(UserError, match="all 3 checkpoints are damaged"):
+        restore(saved)
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_keeps_the_newest_and_every_nth(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=4)
+    state = state_of(0)
+    for step in range(1, 11):
+        checkpoints.save(step, state.params, state.optimizer, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 8, 9, 10]
+
+
+def test_an_unfinished_save_is_no_checkpoint(saved):
+    unfinished = saved / "checkpoints/4.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints/3", unfinished)
+    assert restore(saved).step == 3
+
+
+def test_models_round_trip_and_load_from_runs(saved, tmp_path):
+    loaded = load_model(saved)
+    assert (loaded.config, loaded.tokenizer) == (MODEL, "fingerprint")
+    save_model(tmp_path / "model", loaded.config, loaded.params)
+    again = load_model(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, loaded.params, jax.device_get(state_of(3).params)
+    )
+    assert load_model(saved / "checkpoints/1").config == MODEL
+
+
+def test_models_that_cannot_be_loaded_or_written(saved, tmp_path):
+    with pytest.raises(UserError, match="no model here"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        save_model(saved, MODEL, state_of(0).params)
+    flip_bit(saved / "checkpoints/3/params")
+    with pytest.raises(UserError, match="checkpoints/3: damaged checkpoint"):
+        load_model(saved)

@@ -1,0 +1,198 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.flops import matmul_parameters, training_flops
+from llama3_jax.model.transformer import forward, init_params
+from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
+from llama3_jax.training.step import (
+    TrainState, compile_step, compile_validation, gradients, init_state, state_shardings,
+)  # fmt: skip
+
+MODEL = ModelConfig(
+    vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32",
+    init_std=0.1,
+)  # fmt: skip
+OPTIMIZER = OptimizerConfig()
+DATA8 = MeshConfig(data=8)
+
+
+def make_batch(rows=8, length=24, seed=0):
+    random = np.random.default_rng(seed)
+    cut = random.integers(4, length - 4, rows)
+    index = np.arange(length)
+    segments = 1 + (index[None] >= cut[:, None])
+    positions = np.where(segments == 1, index[None], index[None] - cut[:, None])
+    mask = np.ones((rows, length), bool)
+    mask[np.arange(rows), cut - 1] = False
+    arrays = {
+        "tokens": random.integers(0, 64, (rows, length)),
+        "targets": random.integers(0, 64, (rows, length)),
+        "positions": positions,
+        "segment_ids": segments,
+        "cut": np.zeros(rows, int),
+        "source": np.arange(rows) % 2,
+    }
+    return {k: v.astype(np.int32) for k, v in arrays.items()} | {"loss_mask": mask}
+
+
+def run_steps(mesh_config, micro_batches=1, steps=3):
+    mesh = make_mesh(mesh_config)
+    state = init_state(MODEL, OPTIMIZER, mesh, 0)
+    step = compile_step(MODEL, OPTIMIZER, mesh, micro_batches, 2)
+    for i in range(steps):
+        state, metrics = step(state, put_batch(make_batch(seed=i), mesh), np.float32(1e-2))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def test_the_loss_is_the_mean_over_the_mask_and_splits_by_source():
+    batch = make_batch()
+    params = init_params(MODEL, 0)
+    loss, (sums, counts), _ = gradients(MODEL, params, batch, 1, 2)
+    logits = np.asarray(
+        forward(MODEL, params, batch["tokens"], batch["positions"], batch["segment_ids"]),
+        np.float64,
+    )
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+    assert loss == pytest.approx(losses[batch["loss_mask"]].mean(), rel=1e-5)
+    for source in (0, 1):
+        mask = batch["loss_mask"] & (batch["source"] == source)[:, None]
+        assert counts[source] == mask.sum()
+        assert sums[source] == pytest.approx(losses[mask].sum(), rel=1e-5)
+
+
+def test_accumulation_over_micro_batches_gives_the_gradients_of_the_whole_batch():
+    batch, params = make_batch(), init_params(MODEL, 0)
+    # Uneven masks: a mean of the micro-batches' means would be another number.
+    batch["loss_mask"][:3, 5:] = False
+    whole = gradients(MODEL, params, batch, 1, 2)
+    for micro_batches in (2, 4, 8):
+        split = gradients(MODEL, params, batch, micro_batches, 2)
+        for ours, reference in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=8), MeshConfig(data=4, tensor=2)], ids=str
+)
+def test_three_steps_are_the_same_on_every_mesh(mesh):
+    one, one_metrics = run_steps_on_one_device()
+    many, metrics = run_steps(mesh)
+    assert metrics.loss == pytest.approx(one_metrics.loss, rel=1e-5)
+    for ours, reference in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-4, rtol=2e-3)
+
+
+def run_steps_on_one_device(steps=3):
+    """The same steps without a mesh."""
+    from llama3_jax.training.optimizer import make_optimizer
+    from llama3_jax.training.step import train_step
+
+    params = init_params(MODEL, 0)
+    state = TrainState(params, make_optimizer(OPTIMIZER).init(params))
+    for i in range(steps):
+        state, metrics = train_step(
+            state, make_batch(seed=i), np.float32(1e-2), config=MODEL, optimizer=OPTIMIZER,
+            micro_batches=1, sources=2,
+        )  # fmt: skip
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def test_parameters_and_moments_are_sharded_over_data():
+    mesh = make_mesh(DATA8)
+    state = init_state(MODEL, OPTIMIZER, mesh, 0)
+    big = [x for x in jax.tree.leaves(state) if x.size >= 32]
+    assert len(big) > 30
+    for array in big:
+        assert array.addressable_shards[0].data.size * 8 == array.size
+
+
+def test_the_update_is_adamw_with_decay_on_matrices_only():
+    batch, rate = make_batch(), 1e-2
+    params = init_params(MODEL, 0)
+    _, _, grads = gradients(MODEL, params, batch, 1, 2)
+    norm = float(optax.tree.norm(grads))
+    state, metrics = run_steps(DATA8, steps=1)
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+    decayed = is_matrix(params)
+    for before, after, grad, matrix in zip(
+        *map(jax.tree.leaves, (params, state.params, grads, decayed)), strict=True
+    ):
+        g = np.asarray(grad, np.float64) * min(1.0, OPTIMIZER.clip / norm)
+        # The first step of Adam: bias-corrected moments are g and g^2.
+        update = g / (np.abs(g) + OPTIMIZER.eps) + 0.1 * matrix * np.asarray(before)
+        large = np.abs(g) > 1e-5
+        np.testing.assert_allclose(after[large], (before - rate * update)[large], atol=2e-5)
+    names = {jax.tree_util.keystr(path): flag
+             for path, flag in jax.tree_util.tree_leaves_with_path(decayed)}  # fmt: skip
+    assert [name for name, flag in names.items() if not flag] == [
+        "['blocks']['attention_norm']['scale']", "['blocks']['ffn_norm']['scale']",
+        "['final_norm']['scale']",
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_not_finite_is_not_applied():
+    mesh = make_mesh(DATA8)
+    state = init_state(MODEL, OPTIMIZER, mesh, 0)
+    state.params["embedding"] = state.params["embedding"].at[0, 0].set(jnp.nan)
+    before = jax.device_get(state)
+    step = compile_step(MODEL, OPTIMIZER, mesh, 1, 2)
+    batch = make_batch()
+    batch["tokens"][0, 0] = 0
+    after, metrics = step(state, put_batch(batch, mesh), np.float32(1e-2))
+    assert not metrics.applied and not np.isfinite(metrics.loss)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+
+
+def test_counts_of_a_step():
+    batch = make_batch()
+    batch["segment_ids"][0, 20:] = 0
+    batch["loss_mask"][0, 20:] = False
+    mesh = make_mesh(DATA8)
+    step = compile_step(MODEL, OPTIMIZER, mesh, 1, 2)
+    _, m = step(init_state(MODEL, OPTIMIZER, mesh, 0), put_batch(batch, mesh), np.float32(0))
+    pairs = sum(
+        (batch["segment_ids"][r, s] == batch["segment_ids"][r, t]) & (t <= s)
+        for r in range(8) for s in range(24) for t in range(24) if batch["segment_ids"][r, s]
+    )  # fmt: skip
+    assert m.document_pairs == pairs
+    assert m.real_tokens == 8 * 24 - 4
+    assert m.documents == 16
+
+
+def test_validation_gives_the_sum_of_losses():
+    mesh = make_mesh(DATA8)
+    state, batch = init_state(MODEL, OPTIMIZER, mesh, 0), make_batch()
+    total, count = compile_validation(MODEL, mesh)(state.params, put_batch(batch, mesh))
+    loss, _, _ = gradients(MODEL, init_params(MODEL, 0), batch, 1, 2)
+    assert count == batch["loss_mask"].sum()
+    assert total / count == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_meshes_that_do_not_fit_are_refused_by_name():
+    with pytest.raises(UserError, match="mesh data 3 x pipe 1 x context 1 x tensor 1 needs 3 dev"):
+        make_mesh(MeshConfig(data=3))
+    mesh = make_mesh(MeshConfig(tensor=8))
+    with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the model's \w+ \(2\)"):
+        state_shardings(MODEL.model_copy(update={"heads": 8}), OPTIMIZER, mesh)
+
+
+def test_flops_by_hand():
+    norms = 5 * 32
+    embedding = 64 * 32
+    assert matmul_parameters(MODEL) == MODEL.parameter_count() - norms - embedding
+    flops = training_flops(MODEL, rows=2, length=10, document_pairs=50)
+    products = 6 * matmul_parameters(MODEL) * 20
+    per_pair = 12 * 2 * 4 * 8
+    assert flops == {
+        "full": products + per_pair * 200,
+        "causal": products + per_pair * 110,
+        "document": products + per_pair * 50,
+    }
