@@ -16,7 +16,13 @@ EXTRAS = {
         "rustbpe>=0.1",
         "sympy==1.13.3",
     ],
-    "dev": ["hypothesis>=6.100", "import-linter>=2.1", "pytest>=8", "ruff>=0.9", "safetensors>=0.5"],
+    "dev": [
+        "hypothesis>=6.100",
+        "import-linter>=2.1",
+        "pytest>=8",
+        "ruff>=0.9",
+        "safetensors>=0.5",
+    ],
     # Live comparison with the reference implementation; torch should be a CPU build.
     "parity": ["torch>=2.6", "transformers>=4.46"],
 }

@@ -80,7 +80,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         given = [argument for argument in argv if argument.startswith("--config")]
         if isinstance(error, AttributeError | KeyError):  # raised by an override
             words = re.findall(r"\w+", str(error).replace("\\n", " "))
-            given = [argument for argument in given if words and f".{words[0]}" in argument] or given
+            given = [
+                argument for argument in given if words and f".{words[0]}" in argument
+            ] or given
             near = f"; nearest valid key: {words[4]}" if words[1:3] == ["Did", "you"] else ""
             sys.exit(_fail(f"{given[0]}: the config has no such key{near}"))
         sys.exit(_fail(f"{given[0]}: {type(error).__name__}: {error}"))

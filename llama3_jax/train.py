@@ -43,7 +43,12 @@ from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.step import (
-    StepMetrics, TrainState, abstract_state, compile_step, compile_validation, init_state,
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    compile_step,
+    compile_validation,
+    init_state,
     state_shardings,
 )  # fmt: skip
 

@@ -96,7 +96,9 @@ class Batches:
           UserError: the run has no such step.
         """
         if not 0 <= step < self._first_steps[-1]:
-            raise UserError(f"step {step} is outside the run: steps 0 to {self._first_steps[-1] - 1}")
+            raise UserError(
+                f"step {step} is outside the run: steps 0 to {self._first_steps[-1] - 1}"
+            )
         stage = bisect.bisect_right(self._first_steps, step) - 1
         batch_rows = self.stages[stage].batch_rows
         first = (step - self._first_steps[stage]) * batch_rows

@@ -84,9 +84,7 @@ class Attention(nnx.Module):
             )
             k_BSKD, v_BSKD = cache
             implementation = "reference"  # the others are made for whole rows
-        out_BSHD = attention(
-            q_BSHD, k_BSKD, v_BSKD, context.queries, context.keys, implementation
-        )
+        out_BSHD = attention(q_BSHD, k_BSKD, v_BSKD, context.queries, context.keys, implementation)
         out_BSHD = checkpoint_name(out_BSHD, "attention_out")
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)

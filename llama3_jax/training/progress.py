@@ -35,9 +35,7 @@ class RunProgress:
             f"{record['tokens_per_second']:,.0f}/s  MFU {record['mfu']['document']:.0%}  left {left}"
         )
         stage = record["stage"]
-        self._progress.update(
-            self._task, completed=record["tokens"], description=stage, text=text
-        )
+        self._progress.update(self._task, completed=record["tokens"], description=stage, text=text)
         if not self._live and (last or record["step"] % self._log_every == 0):
             self.say(f"{stage}: step {record['step']}  {text}")
 

@@ -77,9 +77,7 @@ def test_the_ledger_names_what_is_in_the_batch(corpora):
 
 def test_the_mix_changes_with_the_stage(corpora):
     batches = make(corpora)
-    shares = [
-        np.mean([batch["source"] == 0 for batch in batches.load(stage)]) for stage in (0, 1)
-    ]
+    shares = [np.mean([batch["source"] == 0 for batch in batches.load(stage)]) for stage in (0, 1)]
     assert abs(shares[0] - 0.7) < 0.02 and abs(shares[1] - 0.2) < 0.05
 
 

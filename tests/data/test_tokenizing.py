@@ -48,9 +48,7 @@ def test_formats_and_pieces_give_the_same_documents(tmp_path, byte_tokenizer):
     with gzip.open(tmp_path / "zipped.jsonl.gz", "wb") as file:
         file.write((tmp_path / "in.jsonl").read_bytes())
     columns = {"id": list(documents), "text": list(documents.values())}
-    pyarrow.parquet.write_table(
-        pyarrow.table(columns), tmp_path / "in.parquet", row_group_size=30
-    )
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet", row_group_size=30)
     for name in ("in.jsonl", "zipped.jsonl.gz", "in.parquet"):
         for piece_bytes in (1_000, 10**9):
             out = tmp_path / f"{name}.{piece_bytes}"

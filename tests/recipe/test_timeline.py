@@ -62,9 +62,7 @@ def test_a_piece_spans_stages_until_the_next_is_declared():
 
 def test_a_cosine_longer_than_its_stages_is_cut_off():
     lr = dict(shape="cosine", peak=1.0, end=0.0, tokens=2_000)
-    run = timeline(
-        FIRST | dict(lr=lr), dict(name="hold", tokens=500, lr=dict(shape="constant"))
-    )
+    run = timeline(FIRST | dict(lr=lr), dict(name="hold", tokens=500, lr=dict(shape="constant")))
     assert run.learning_rate(1_000) == pytest.approx(0.5)
     assert run.learning_rate(1_400) == pytest.approx(0.5)
 

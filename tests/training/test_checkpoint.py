@@ -156,9 +156,7 @@ def test_models_round_trip_and_load_from_runs(saved, tmp_path):
     save_model(tmp_path / "model", loaded.config, loaded.params)
     again = load_model(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
-    jax.tree.map(
-        np.testing.assert_array_equal, loaded.params, jax.device_get(state_of(3).params)
-    )
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(state_of(3).params))
     assert load_model(saved / "checkpoints/1").config == MODEL
 
 

@@ -33,7 +33,9 @@ class Tokenizer:
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise UserError(f"tokenizer ranks must be 0 to {len(ranks) - 1}, each once")
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-            raise UserError(f"tokenizer lacks a token for byte {missing[0]}: it cannot encode all text")
+            raise UserError(
+                f"tokenizer lacks a token for byte {missing[0]}: it cannot encode all text"
+            )
         if specials < 2:
             raise UserError(f"tokenizer specials={specials}: begin and end of text need 2")
         names = ["<|begin_of_text|>", "<|end_of_text|>"]

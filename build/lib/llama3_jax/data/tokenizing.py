@@ -23,7 +23,13 @@ from rich.progress import Progress
 
 from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import (
-    DATASET_FILE, FORMAT, LENGTHS_FILE, DatasetInfo, Document, Shard, encode_record,
+    DATASET_FILE,
+    FORMAT,
+    LENGTHS_FILE,
+    DatasetInfo,
+    Document,
+    Shard,
+    encode_record,
 )  # fmt: skip
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
@@ -262,7 +268,9 @@ def _read_parquet(piece: Piece, options: Options) -> Iterator[tuple[str, str]]:
     file = _parquet(piece.path)
     names = file.schema_arrow.names
     if options.text_field not in names:
-        raise UserError(f"{piece.path}: no column {options.text_field!r}; columns: {', '.join(names)}")
+        raise UserError(
+            f"{piece.path}: no column {options.text_field!r}; columns: {', '.join(names)}"
+        )
     columns = [name for name in (options.text_field, options.id_field) if name in names]
     row = 0
     for batch in file.iter_batches(1024, list(range(piece.start, piece.stop)), columns):

@@ -59,9 +59,7 @@ def gradients(config: ModelConfig, params: Params, batch: Batch, micro_batches: 
     The mean is over all loss tokens of the batch, so the split in micro-batches changes nothing but
     rounding.
     """
-    value_and_grad = jax.value_and_grad(
-        lambda p, b: loss_sums(config, p, b, sources), has_aux=True
-    )
+    value_and_grad = jax.value_and_grad(lambda p, b: loss_sums(config, p, b, sources), has_aux=True)
     if micro_batches == 1:
         (total, by_source), grads = value_and_grad(params, batch)
     else:
