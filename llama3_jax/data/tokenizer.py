@@ -68,7 +68,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Equal exactly for tokenizers that give the same ids: ranks, pattern and specials."""
         digest = hashlib.sha256(f"{LLAMA3_PATTERN} {self.specials}".encode())
-        for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+        for token in sorted(self._ranks, key=self._ranks.__getitem__):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()[:16]
 

@@ -1,1 +1,0 @@
-"""The Llama 3 pre-training recipe in JAX: model, data, training, one timeline."""

@@ -1,1 +1,0 @@
-"""Losses on held-out text and the baselines beside them."""

@@ -1,1 +1,0 @@
-"""The network: config and presets, layers, transformer, loss, decoding, Hugging Face weights."""

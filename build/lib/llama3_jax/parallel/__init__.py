@@ -1,1 +1,0 @@
-"""One mesh, one sharding table."""

@@ -1,1 +1,0 @@
-"""The timeline of a run, and the config that declares it."""

@@ -1,1 +1,0 @@
-"""The step: optimizer, checkpoint, metrics, progress."""
