@@ -32,7 +32,9 @@ def parse(cls: type[ConfigT], values: Mapping[str, Any], where: str = "config") 
     try:
         return cls.model_validate(_plain(values))
     except pydantic.ValidationError as error:
-        raise UserError(_describe(cls, error.errors()[0], where)) from None
+        # A misspelt key also leaves the right one missing: the misspelling is what to report.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise UserError(_describe(cls, errors[0], where)) from None
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ def run_metadata(
         "packing": config.data.packing,
         "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
         "stages": [_stage_metadata(stage) for stage in timeline.stages],
+        "learning_rates": _past_learning_rates(timeline, step),
         "config": json.loads(config.model_dump_json()),
     }
 
@@ -36,6 +37,14 @@ def _stage_metadata(stage: ResolvedStage) -> dict[str, Any]:
     values = stage._asdict()
     values |= {key: values[key].model_dump() for key in ("rope", "mesh")}
     return json.loads(json.dumps(values))
+
+
+def _past_learning_rates(timeline: Timeline, step: int) -> dict[str, float]:
+    """The rate of the first and last step so far of each stage begun."""
+    steps = {stage.first_step for stage in timeline.stages}
+    steps |= {first - 1 for first in steps} | {step - 1}
+    past = sorted(s for s in steps if 0 <= s < min(step, timeline.steps))
+    return {str(s): timeline.step_learning_rate(s) for s in past}
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -72,10 +81,12 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
             raise UserError(f"config.stages: the checkpoint of step {saved['step']} lies in stage "
                             f"{number} ({before['name']}), which is gone")  # fmt: skip
         after = dict(now["stages"][number])
-        # The stage under way may be made longer or shorter, as long as it reaches the checkpoint.
-        if before["first_step"] + before["steps"] > saved["step"]:
+        # The last stage begun may be made longer or shorter, as long as it reaches the checkpoint.
+        if before["first_step"] + before["steps"] >= saved["step"]:
             begun = saved["step"] - before["first_step"]
             after["steps"] = before["steps"] if after["steps"] >= begun else after["steps"]
         for key, value in before.items():
             if key not in _FREE_STAGE_KEYS:
                 compare(f"config.stages.{number}.{key}", value, after[key])
+    for step, rate in saved["learning_rates"].items():
+        compare(f"the learning rate of step {step}", rate, now["learning_rates"].get(step))
