@@ -200,7 +200,7 @@ def test_too_little_space_is_seen_before_the_start(config, tmp_path):
         capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(tmp_path),
     )  # fmt: skip
     assert result.returncode == 2
-    assert "0.00 GB are free, 3 checkpoints need 0.00 GB" in result.stderr
+    assert "0.0 MB are free, 3 checkpoints need 0." in result.stderr
 
 
 class TestBadInput:
@@ -230,6 +230,8 @@ class TestBadInput:
             ("--config.model.vocab_size=100", "config.model.vocab_size: 100 is smaller than the "
              "tokenizer's 272"),
             ("--config.mesh.data=3", "rows at a time are not divisible by mesh.data (3)"),
+            ("--config.mesh.tensor=2", "mesh data 1 x pipe 1 x context 1 x tensor 2 needs 2 devices, "
+             "1 are present"),
             ("--config.mesh.pipe=2", "config.mesh.pipe: Input should be 1, got 2"),
             ("--config.data.sources.a.train=/nowhere", "/nowhere: not a tokenised corpus"),
             ("--config.model.attention=flash", "config.model.attention: Input should be"),

@@ -1,0 +1,166 @@
+"""What a run tells of itself: a record of each step, held-out losses, samples."""
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from llama3_jax.data.tokenizer import Tokenizer
+from llama3_jax.data.validation import validation_batches
+from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.decoding import generate
+from llama3_jax.model.flops import training_flops
+from llama3_jax.model.transformer import Params
+from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.prepare import Run
+from llama3_jax.recipe.timeline import ResolvedStage, Timeline
+from llama3_jax.training.metrics import MetricsWriter
+from llama3_jax.training.progress import RunProgress
+from llama3_jax.training.step import StepMetrics, compile_validation
+
+
+class StepLog:
+    """Turns the step's metrics into records, one step late so that the device never waits."""
+
+    def __init__(
+        self, run: Run, metrics: MetricsWriter, progress: RunProgress, peak: float, bad_steps: int
+    ):
+        self._run, self._metrics, self._progress, self._peak = run, metrics, progress, peak
+        self.bad_steps = bad_steps
+        self._pending: tuple[int, ResolvedStage, float, StepMetrics] | None = None
+        self._clock: float | None = None
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's time what was not training."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, stage: ResolvedStage, rate: float, metrics: StepMetrics) -> None:
+        self.flush()
+        self._pending = (step, stage, rate, metrics)
+
+    def flush(self) -> None:
+        """Waits for the pending step and records it.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, stage, rate, on_device = self._pending
+        self._pending = None
+        m: StepMetrics = jax.device_get(on_device)
+        now = time.perf_counter()
+        seconds = now - self._clock if self._clock is not None else None
+        self._clock = now
+        flops = training_flops(
+            self._run.config.model, stage.batch_rows, stage.length, float(m.document_pairs)
+        )
+        rates = {"tokens_per_second": 0.0, "mfu": dict.fromkeys(flops, 0.0)}
+        if seconds:  # the first step's time would be that of the compiler
+            mfu = {name: count / seconds / self._peak for name, count in flops.items()}
+            rates = {"tokens_per_second": stage.batch_tokens / seconds, "mfu": mfu}
+        counts = zip(self._run.batches.sources, m.source_loss_sums, m.source_tokens, strict=True)
+        record: dict[str, Any] = {
+            "stage": stage.name,
+            "loss": _json_number(m.loss),
+            "losses": {name: float(total / n) for name, total, n in counts if n},
+            "grad_norm": _json_number(m.grad_norm),
+            "learning_rate": rate,
+            "applied": bool(m.applied),
+            "length": stage.length,
+            "batch_tokens": stage.batch_tokens,
+            "mix": stage.mix,
+            "utilisation": float(m.real_tokens / stage.batch_tokens),
+            "documents": int(m.documents),
+            "cut_documents": int(m.cut_documents),
+            "flops": flops,
+            "seconds": seconds,
+            **rates,
+        }
+        tokens = self._run.timeline.consumed(step) + stage.batch_tokens
+        self._metrics.write("train", step + 1, tokens, record)
+        record |= {"step": step + 1, "tokens": tokens, "loss": float(m.loss)}
+        self._progress.step(record, last=step + 1 == self._run.timeline.steps)
+        self._count_bad(step, bool(m.applied))
+
+    def _count_bad(self, step: int, applied: bool) -> None:
+        self.bad_steps = 0 if applied else self.bad_steps + 1
+        if applied:
+            return
+        logging.warning("step %d: loss or gradients are not finite: not applied", step)
+        if self.bad_steps >= self._run.config.max_bad_steps:
+            entries = self._run.batches.documents(step)
+            ids = sorted({f"{entry.source}:{entry.document}" for entry in entries})
+            raise UserError(
+                f"loss or gradients not finite for {self.bad_steps} steps in a row, the last being "
+                f"step {step} with {len(ids)} documents: {', '.join(ids)}"
+            )
+
+
+def _json_number(value: np.ndarray) -> float | str:
+    """JSON has no NaN or infinity: those are written as strings."""
+    return float(value) if math.isfinite(value) else str(value)
+
+
+def due(config: RunConfig, timeline: Timeline, step: int) -> bool:
+    """Whether validation runs after `step` steps: a multiple of its tokens was passed, or the end."""
+    if config.validation is None:
+        return False
+    every = config.validation.every_tokens
+    passed = timeline.consumed(step) // every > timeline.consumed(step - 1) // every
+    return passed or step == timeline.steps
+
+
+def validate(
+    run: Run, model: ModelConfig, mesh: Mesh, stage: ResolvedStage, params: Params, step: int,
+    metrics: MetricsWriter, progress: RunProgress,
+) -> None:  # fmt: skip
+    """Loss of each source's held-out documents, in nats a token and bits a byte."""
+    config = run.config.validation
+    function = compile_validation(model, mesh)
+    length = config.length or stage.length
+    rows = max(stage.micro_batch_tokens // length, mesh.shape["data"])
+    losses, bits = {}, {}
+    for name, corpus in run.validation.items():
+        total, count, positions = 0.0, 0, 0
+        for batch in validation_batches(corpus, length, rows, config.tokens):
+            batch_total, batch_count = function(params, put_batch(batch, mesh))
+            total, count = total + float(batch_total), count + int(batch_count)
+            positions += int((batch["segment_ids"] > 0).sum())
+        losses[name] = total / count
+        share = positions / corpus.info.tokens
+        bits[name] = total / math.log(2) / (corpus.info.utf8_bytes * share)
+    if losses:
+        tokens = run.timeline.consumed(step)
+        metrics.write(
+            "validation", step, tokens, {"losses": losses, "bits_per_byte": bits, "length": length}
+        )
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        progress.say(f"held-out loss after {tokens:,} tokens: {each}")
+
+
+def write_samples(
+    run: Run, model: ModelConfig, params: Params, step: int, tokenizer: Tokenizer,
+    metrics: MetricsWriter, progress: RunProgress,
+) -> None:  # fmt: skip
+    """Greedy continuations of the config's prompts, for the report."""
+    samples = run.config.samples
+    if not samples.prompts:
+        return
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in samples.prompts]
+    generated = generate(
+        model,
+        params,
+        prompts,
+        max_new_tokens=samples.max_new_tokens,
+        stop_tokens=(tokenizer.eos,),
+    )
+    texts = [tokenizer.decode(tokens) for tokens in generated]
+    pairs = [{"prompt": p, "text": t} for p, t in zip(samples.prompts, texts, strict=True)]
+    metrics.write("sample", step, run.timeline.consumed(step), {"samples": pairs})

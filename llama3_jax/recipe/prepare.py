@@ -1,0 +1,73 @@
+"""A config with everything that can be checked before compiling."""
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from llama3_jax.data.batches import Batches, StageShape
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.errors import UserError
+from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.timeline import Timeline
+
+
+@dataclasses.dataclass
+class Run:
+    """A config, its timeline and its data."""
+
+    config: RunConfig
+    timeline: Timeline
+    corpora: dict[str, Corpus]
+    validation: dict[str, Corpus]
+    batches: Batches
+
+
+def prepare(config: RunConfig) -> Run:
+    """Opens the data and lays out the timeline.
+
+    Raises:
+      UserError: whatever cannot work, by key, before anything is compiled or written.
+    """
+    timeline = Timeline(config.stages, config.model.rope, config.mesh)
+    sources = config.data.sources
+    corpora = {name: Corpus(source.train) for name, source in sources.items()}
+    validation = {
+        name: Corpus(source.validation)
+        for name, source in sources.items()
+        if config.validation and source.validation
+    }
+    first = next(iter(corpora.values()))
+    for corpus in (*corpora.values(), *validation.values()):
+        if corpus.info.tokenizer != first.info.tokenizer:
+            raise UserError(
+                f"{corpus.directory} was tokenised by another tokenizer "
+                f"({corpus.info.tokenizer}) than {first.directory} ({first.info.tokenizer})"
+            )
+    if first.info.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{first.info.vocab_size}"
+        )
+    shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
+    batches = Batches(corpora, shapes, config.seed, config.data.packing)
+    return Run(config, timeline, corpora, validation, batches)
+
+
+def print_timeline(run: Run) -> None:
+    """The timeline as a table, and how often each source is read."""
+    table = Table(title=f"{run.timeline.tokens:,} tokens in {run.timeline.steps:,} steps")
+    for column in ("stage", "from token", "tokens", "steps", "length", "batch", "rate", "mix"):
+        table.add_column(column, justify="left" if column in ("stage", "mix") else "right")
+    for stage in run.timeline.stages:
+        first, last = stage.start_tokens, stage.start_tokens + stage.tokens
+        rates = [run.timeline.learning_rate(at) for at in (first, last - 1)]
+        table.add_row(
+            stage.name, f"{first:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.length:,}",
+            f"{stage.batch_tokens:,}", " to ".join(f"{rate:.3g}" for rate in rates),
+            ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()),
+        )  # fmt: skip
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table)
+    for name, epochs in run.batches.epochs().items():
+        console.print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
