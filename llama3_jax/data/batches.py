@@ -1,7 +1,7 @@
 """Packed, mixed batches over all stages of a run, as a pure function of (seed, step).
 
 The stream of each source goes on from stage to stage: a change of length, batch or mix neither
-repeats nor skips documents (best_fit may leave the rest of one window of 64 rows behind).
+repeats documents; it may leave the rest of one window of each source (see `PackedRows`) behind.
 """
 
 import bisect
@@ -13,8 +13,11 @@ import numpy as np
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.data.mixing import Mix
-from llama3_jax.data.packing import PackedRows, Packing, Span, Stream, build_row
+from llama3_jax.data.packing import PackedRows, Packing, Span, Stream, build_rows
 from llama3_jax.errors import UserError
+
+# Enough to even out the batches that begin a best_fit window; each is held in memory.
+_BATCHES_AHEAD = 8
 
 
 class StageShape(NamedTuple):
@@ -80,14 +83,20 @@ class Batches:
 
     def spans(self, stage: int, row: int) -> tuple[str, list[Span]]:
         """Source and spans of a row, numbered from the stage's start."""
-        ((source, index),) = self._mixes[stage].draw(row, row + 1)
+        source, index = self._mixes[stage].row(row)
         return source, self._rows[stage][source].row(index)
 
     def row(self, stage: int, row: int) -> dict[str, np.ndarray]:
-        """The arrays of a row (see `build_row`) and `source`, its index in `sources`."""
-        source, spans = self.spans(stage, row)
-        arrays = build_row(self.corpora[source], spans, self.stages[stage].length)
-        return arrays | {"source": np.int32(self.sources.index(source))}
+        """The arrays of a row (see `build_rows`) and `source`, its index in `sources`."""
+        return {name: array[0] for name, array in self.rows(stage, row, row + 1).items()}
+
+    def rows(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """As `row`, for rows [start, stop)."""
+        drawn = [self.spans(stage, row) for row in range(start, stop)]
+        pieces = [(self.corpora[source], spans) for source, spans in drawn]
+        arrays = build_rows(pieces, self.stages[stage].length)
+        sources = [self.sources.index(source) for source, _ in drawn]
+        return arrays | {"source": np.array(sources, np.int32)}
 
     def documents(self, step: int) -> list[LedgerEntry]:
         """Which documents made the batch of `step` (from 0): the ledger.
@@ -115,8 +124,8 @@ class Batches:
     ) -> Iterator[dict[str, np.ndarray]]:
         """This host's part of the batches of a stage, from its step `first_step` on.
 
-        The global batch does not depend on `hosts`: host h gets its h-th contiguous part. Rows are
-        built ahead of use in a thread, or in `workers` processes.
+        The global batch does not depend on `hosts`: host h gets its h-th contiguous part. Batches
+        are built ahead of use in a thread, or in `workers` processes.
 
         Raises:
           UserError: the batch cannot be divided among the hosts.
@@ -126,18 +135,16 @@ class Batches:
             raise UserError(
                 f"a batch of {shape.batch_rows} rows cannot be divided among {hosts} hosts"
             )
-        rows = _HostRows(self, stage, host, hosts)
-        per_host = shape.batch_rows // hosts
-        dataset = grain.MapDataset.source(rows)[first_step * per_host :].batch(per_host)
-        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * per_host)
+        dataset = grain.MapDataset.source(_HostBatches(self, stage, host, hosts))[first_step:]
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
         iterator = dataset.to_iter_dataset(read)
         if workers:
             iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         return iter(iterator)
 
 
-class _HostRows(grain.sources.RandomAccessDataSource):
-    """The rows of one host, as a grain source."""
+class _HostBatches(grain.sources.RandomAccessDataSource):
+    """One host's part of each batch of a stage, as a grain source."""
 
     def __init__(self, batches: Batches, stage: int, host: int, hosts: int):
         self._batches, self._stage, self._host = batches, stage, host
@@ -145,12 +152,11 @@ class _HostRows(grain.sources.RandomAccessDataSource):
         self._per_host = self._shape.batch_rows // hosts
 
     def __len__(self) -> int:
-        return self._shape.steps * self._per_host
+        return self._shape.steps
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        step, row = divmod(int(index), self._per_host)
-        row += step * self._shape.batch_rows + self._host * self._per_host
-        return self._batches.row(self._stage, row)
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        first = int(step) * self._shape.batch_rows + self._host * self._per_host
+        return self._batches.rows(self._stage, first, first + self._per_host)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stage={self._stage}, host={self._host})"

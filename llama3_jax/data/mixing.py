@@ -11,6 +11,8 @@ import numpy as np
 
 from llama3_jax.errors import UserError
 
+_CHUNK_ROWS = 1024
+
 
 class Mix:
     """The order of sources for a fixed set of weights."""
@@ -29,10 +31,20 @@ class Mix:
             raise UserError("mix has no source with a positive weight")
         self.sources = tuple(name for name, weight in weights.items() if weight > 0)
         self._weights = [weights[name] / total for name in self.sources]
+        self._chunk: tuple[int, list[tuple[str, int]]] = (0, [])
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows come from each source."""
         return dict(zip(self.sources, self._counts(rows), strict=True))
+
+    def row(self, row: int) -> tuple[str, int]:
+        """`draw` for one row, cheap where the rows asked for lie near each other."""
+        first, drawn = self._chunk
+        if not first <= row < first + len(drawn):
+            first = row - row % _CHUNK_ROWS
+            drawn = self.draw(first, first + _CHUNK_ROWS)
+            self._chunk = first, drawn
+        return drawn[row - first]
 
     def draw(self, start: int, stop: int) -> list[tuple[str, int]]:
         """For rows [start, stop): the source, and the row's number within that source."""

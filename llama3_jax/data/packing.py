@@ -4,8 +4,10 @@ Everything is a pure function of (corpus, seed, position): row i can be built wi
 row i - 1, so a resume costs the same at 10% and at 90% of a corpus.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,8 +16,9 @@ from llama3_jax.data.corpus import Corpus
 
 # The shuffle permutes at most this many blocks of neighbouring documents (32 MB of order).
 _MAX_BLOCKS = 2**22
-# best_fit fills this many rows at a time, leaving this share of their tokens free to fit.
-_WINDOW_ROWS, _SLACK = 64, 1 / 64
+# Rows are shuffled inside windows of at most this many tokens (less where the corpus is small, but
+# never fewer rows than the second number); best_fit leaves a share of their tokens free.
+_WINDOW_TOKENS, _MIN_WINDOW_ROWS, _SLACK = 2**18, 64, 1 / 64
 
 Packing = Literal["concat", "best_fit"]
 
@@ -54,59 +57,67 @@ class Stream:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_blocks)
         self._block = functools.lru_cache(maxsize=256)(self._shuffled_documents)
 
-    def _random(self, *stream: int) -> np.random.Generator:
+    def random(self, *stream: int) -> np.random.Generator:
         """A generator of its own for (seed, name, *stream)."""
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._key, *stream])))
 
     def _shuffled_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of an epoch in order, and the tokens up to the end of each."""
-        order = self._random(0, epoch).permutation(len(self._block_tokens))
+        order = self.random(0, epoch).permutation(len(self._block_tokens))
         return order, np.cumsum(self._block_tokens[order])
 
-    def _shuffled_documents(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of a block in order, and the tokens up to the end of each."""
+    def _shuffled_documents(self, epoch: int, block: int) -> np.ndarray:
+        """The documents of a block in order."""
         first = block * self._per_block
         documents = np.arange(first, min(first + self._per_block, len(self.corpus)))
         if len(documents) > 1:
-            documents = self._random(1, epoch, block).permutation(documents)
-        return documents, np.cumsum(self.corpus.lengths[documents], dtype=np.int64)
+            documents = self.random(1, epoch, block).permutation(documents)
+        return documents
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The pieces of documents that fill stream positions [start, stop), in order."""
         spans = []
         while start < stop:
             epoch, offset = divmod(start, self.epoch_tokens)
-            order, block_ends = self._epoch(epoch)
-            place = int(np.searchsorted(block_ends, offset, side="right"))
-            block = int(order[place])
-            offset -= int(block_ends[place]) - int(self._block_tokens[block])
-            documents, ends = self._block(epoch, block)
-            for i in range(int(np.searchsorted(ends, offset, side="right")), len(documents)):
-                document, end = int(documents[i]), int(ends[i])
-                length = int(self.corpus.lengths[document])
-                begin = offset - (end - length)
-                take = min(length - begin, stop - start)
-                if take:
-                    spans.append(Span(document, begin, begin + take))
-                offset, start = offset + take, start + take
-                if start == stop:
-                    return spans
+            size = min(stop - start, self.epoch_tokens - offset)
+            spans += self._epoch_spans(epoch, offset, offset + size)
+            start += size
         return spans
+
+    def _epoch_spans(self, epoch: int, start: int, stop: int) -> list[Span]:
+        """As `spans`, from the start of an epoch and within it."""
+        order, block_ends = self._epoch(epoch)
+        first, last = np.searchsorted(block_ends, (start, stop - 1), side="right").tolist()
+        blocks = documents = order[first : last + 1]
+        if self._per_block > 1:
+            documents = np.concatenate([self._block(epoch, block) for block in blocks.tolist()])
+        lengths = self.corpus.lengths[documents].astype(np.int64)
+        ends = block_ends[first] - self._block_tokens[order[first]] + np.cumsum(lengths)
+        begins = np.maximum(start - ends + lengths, 0)
+        finishes = np.minimum(stop - ends + lengths, lengths)
+        inside = begins < finishes
+        columns = (column[inside].tolist() for column in (documents, begins, finishes))
+        return list(map(Span, *columns))
 
 
 class PackedRows:
     """Rows of one source for one stage: from `origin` in the stream, each `length` long.
 
-    concat: the stream is cut every `length` tokens; no padding, a document is cut at each row end.
-    best_fit: windows of the stream are packed whole-document-first into 64 rows with 1/64 of their
-    tokens free, the longest document first into the fullest row that holds it (Ding et al. 2024,
-    arXiv 2404.10830); only a document longer than a row, at a window's edge, or that fits nowhere
-    whole is cut.
+    The stream is cut in windows of equally many rows, which are shuffled inside their window: the
+    rows of a batch come from many documents even where documents are much longer than rows.
+
+    concat: rows are cut every `length` tokens; no padding, a document is cut at each row end.
+    best_fit: a window is packed whole-document-first with 1/64 of its tokens free, the longest
+    document first into the fullest row that holds it (Ding et al. 2024, arXiv 2404.10830); only a
+    document longer than a row, at a window's edge, or that fits nowhere whole is cut.
     """
 
     def __init__(self, stream: Stream, origin: int, length: int, packing: Packing):
         self.stream, self.origin, self.length, self.packing = stream, origin, length, packing
-        self._window_tokens = int(_WINDOW_ROWS * length * (1 - _SLACK))
+        window_tokens = min(_WINDOW_TOKENS, stream.epoch_tokens // 16)
+        self.window_rows = max(_MIN_WINDOW_ROWS, window_tokens // length)
+        slack = _SLACK if packing == "best_fit" else 0
+        self._window_tokens = int(self.window_rows * length * (1 - slack))
         self._window = functools.lru_cache(maxsize=4)(self._pack_window)
 
     def __getstate__(self) -> dict:
@@ -118,21 +129,23 @@ class PackedRows:
 
     def end(self, rows: int) -> int:
         """Stream position after the first `rows` rows; a window once begun counts as used."""
-        if self.packing == "concat":
-            return self.origin + rows * self.length
-        return self.origin + -(-rows // _WINDOW_ROWS) * self._window_tokens
+        return self.origin + -(-rows // self.window_rows) * self._window_tokens
 
     def row(self, index: int) -> list[Span]:
         """The spans of row `index`."""
-        if self.packing == "concat":
-            start = self.origin + index * self.length
-            return self.stream.spans(start, start + self.length)
-        return self._window(index // _WINDOW_ROWS)[index % _WINDOW_ROWS]
+        window, row = divmod(index, self.window_rows)
+        return self._window(window)[row]
 
     def _pack_window(self, window: int) -> list[list[Span]]:
         start = self.origin + window * self._window_tokens
-        spans = self.stream.spans(start, start + self._window_tokens)
-        return best_fit(spans, self.length, _WINDOW_ROWS)
+        stop = start + self._window_tokens
+        if self.packing == "best_fit":
+            rows = best_fit(self.stream.spans(start, stop), self.length, self.window_rows)
+        else:
+            starts = range(start, stop, self.length)
+            rows = [self.stream.spans(at, at + self.length) for at in starts]
+        order = self.stream.random(2, start).permutation(len(rows))
+        return [rows[i] for i in order]
 
 
 def best_fit(spans: list[Span], length: int, rows: int) -> list[list[Span]]:
@@ -146,70 +159,63 @@ def best_fit(spans: list[Span], length: int, rows: int) -> list[list[Span]]:
         pieces += [Span(document, s, min(s + length, stop)) for s in starts]
     pieces.sort(key=lambda piece: (piece.start - piece.stop, piece))  # longest first
     packed: list[list[Span]] = [[] for _ in range(rows)]
-    # Rows by free space: filling the fullest row that holds a piece is a scan upwards from its size.
-    by_free: list[list[int]] = [[] for _ in range(length + 1)]
-    by_free[length] = list(range(rows))[::-1]
-    occupied = np.zeros(length + 1, bool)
-    occupied[length] = True
+    # (free space, tie-break, row), sorted: of rows with equal space the one used last comes first.
+    space = [(length, row, row) for row in range(rows)]
+    turn = itertools.count(-1, -1)
 
-    def place(row: int, free: int, piece: Span) -> None:
+    def place(at: int, piece: Span) -> None:
+        free, _, row = space.pop(at)
         packed[row].append(piece)
-        left = free - (piece.stop - piece.start)
-        by_free[left].append(row)
-        occupied[left] = True
-
-    def take(free: int) -> int:
-        row = by_free[free].pop()
-        occupied[free] = bool(by_free[free])
-        return row
+        bisect.insort(space, (free - (piece.stop - piece.start), next(turn), row))
 
     homeless = []
     for piece in pieces:
-        size = piece.stop - piece.start
-        free = size + int(np.argmax(occupied[size:]))
-        if occupied[free]:
-            place(take(free), free, piece)
+        at = bisect.bisect_left(space, (piece.stop - piece.start,))
+        if at < rows:
+            place(at, piece)
         else:
             homeless.append(piece)
     for document, start, stop in homeless:
         while start < stop:  # cut over the emptiest rows
-            free = length - int(np.argmax(occupied[::-1]))
+            free = space[-1][0]
             size = min(free, stop - start)
-            place(take(free), free, Span(document, start, start + size))
+            place(bisect.bisect_left(space, (free,)), Span(document, start, start + size))
             start += size
     return packed
 
 
-def build_row(corpus: Corpus, spans: list[Span], length: int) -> dict[str, np.ndarray]:
-    """The arrays of one row, each [length] except the counts.
+def build_rows(rows: list[tuple[Corpus, list[Span]]], length: int) -> dict[str, np.ndarray]:
+    """The arrays of rows, each [rows, length] except the counts.
 
     tokens, targets: int32. segment_ids: 1.. for each span, 0 for padding. positions: from 0 in each
     span. loss_mask: where the target is the next token of the same document (a cut document's last
     token before the cut has one too, so that every token is predicted once). cut: how many of the
     spans end before their document does.
     """
-    tokens = np.zeros(length, np.int32)
-    targets = np.zeros(length, np.int32)
-    segment_ids = np.zeros(length, np.int32)
-    positions = np.zeros(length, np.int32)
-    loss_mask = np.zeros(length, bool)
-    cut, at = 0, 0
-    for segment, (document, start, stop) in enumerate(spans, start=1):
-        text = corpus.document(document).tokens
-        size, end = stop - start, at + stop - start
-        tokens[at:end] = text[start:stop]
-        following = text[start + 1 : stop + 1]
-        targets[at : at + len(following)] = following
-        loss_mask[at : at + len(following)] = True
-        segment_ids[at:end] = segment
-        positions[at:end] = np.arange(size)
-        cut += stop < len(text)
-        at = end
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "loss_mask": loss_mask,
-        "cut": np.int32(cut),
-    }
+    shape = (len(rows), length)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    arrays = {name: np.zeros(shape, np.int32) for name in names}
+    arrays |= {"loss_mask": np.zeros(shape, bool), "cut": np.zeros(len(rows), np.int32)}
+    counting = np.arange(length)
+    for row, (corpus, spans) in enumerate(rows):
+        tokens, targets, segment_ids, positions = (arrays[name][row] for name in names)
+        loss_mask = arrays["loss_mask"][row]
+        at = 0
+        for segment, (document, start, stop) in enumerate(spans, start=1):
+            text = corpus.document(document).tokens
+            end = at + stop - start
+            tokens[at:end] = text[start:stop]
+            following = text[start + 1 : stop + 1]
+            predicted = slice(at, at + len(following))
+            targets[predicted] = following
+            loss_mask[predicted] = True
+            segment_ids[at:end] = segment
+            positions[at:end] = counting[: end - at]
+            arrays["cut"][row] += stop < len(text)
+            at = end
+    return arrays
+
+
+def build_row(corpus: Corpus, spans: list[Span], length: int) -> dict[str, np.ndarray]:
+    """The arrays of one row, each [length] except the counts; see `build_rows`."""
+    return {name: array[0] for name, array in build_rows([(corpus, spans)], length).items()}

@@ -60,7 +60,7 @@ def test_stages_go_on_in_the_stream_without_repeating(corpora):
                 (entry.document, token) for token in range(entry.start, entry.stop)
             ]
     for name, tokens in seen.items():
-        assert len(tokens) == len(set(tokens)) == batches.consumed[name]
+        assert len(tokens) == len(set(tokens)) <= batches.consumed[name]
 
 
 def test_the_ledger_names_what_is_in_the_batch(corpora):

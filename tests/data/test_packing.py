@@ -1,9 +1,11 @@
 import pytest
+from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.data.packing import PackedRows, Span, Stream, best_fit, build_row
+from llama3_jax.data.tokenizing import Options, tokenize
 
 sizes = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 
@@ -59,15 +61,31 @@ def test_any_part_of_the_stream_equals_the_same_part_of_the_whole(corpora, data)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_rows_read_the_stream_once(stream, packing):
+def test_windows_read_the_stream_once(stream, packing):
     rows = PackedRows(stream, origin=100, length=32, packing=packing)
-    count = 128
+    count = 2 * rows.window_rows
     read = [(s.document, t) for i in range(count) for s in rows.row(i)
             for t in range(s.start, s.stop)]  # fmt: skip
     expected = [(s.document, t) for s in stream.spans(100, rows.end(count))
                 for t in range(s.start, s.stop)]  # fmt: skip
     assert sorted(read) == sorted(expected)
     assert rows.end(count) - 100 > 0.98 * count * 32
+    assert rows.end(count - 5) == rows.end(count)
+
+
+def test_neighbouring_rows_come_from_many_documents(tmp_path, byte_tokenizer):
+    """Documents a hundred times longer than a row, read a batch of 8 rows at a time."""
+    documents = {f"d{i}": "x" * 3_200 for i in range(200)}
+    source = write_jsonl(tmp_path / "long.jsonl", documents)
+    tokenize([source], tmp_path / "long", byte_tokenizer, Options())
+    stream = Stream(Corpus(tmp_path / "long/train"), "long", seed=0)
+    for packing in ("concat", "best_fit"):
+        rows = PackedRows(stream, 0, length=32, packing=packing)
+        batches = [
+            {span.document for i in range(start, start + 8) for span in rows.row(i)}
+            for start in range(0, rows.window_rows, 8)
+        ]
+        assert sum(map(len, batches)) / len(batches) > 5
 
 
 def test_best_fit_cuts_fewer_documents_than_concat(stream):
@@ -96,13 +114,14 @@ def test_a_row_predicts_each_next_token_of_its_documents(stream, packing):
         assert not row["segment_ids"][at:].any() and not row["loss_mask"][at:].any()
 
 
-def test_every_token_is_a_target_once_over_an_epoch(stream):
+def test_every_token_is_a_target_once(stream):
     rows = PackedRows(stream, 0, length=50, packing="concat")
-    count = stream.epoch_tokens // 50
-    targets = sum(int(build_row(stream.corpus, rows.row(i), 50)["loss_mask"].sum())
-                  for i in range(count))  # fmt: skip
-    predictable = stream.epoch_tokens - len(stream.corpus)
-    assert predictable - 50 <= targets <= predictable
+    masks = [
+        build_row(stream.corpus, rows.row(i), 50)["loss_mask"] for i in range(rows.window_rows)
+    ]
+    read = stream.spans(0, rows.end(rows.window_rows))
+    ended = sum(span.stop == stream.corpus.lengths[span.document] for span in read)
+    assert sum(int(mask.sum()) for mask in masks) == rows.window_rows * 50 - ended
 
 
 def test_the_seed_changes_the_order(corpora):
