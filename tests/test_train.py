@@ -252,6 +252,18 @@ class TestBadInput:
         line = refused(config=f"--config={tmp_path}/typo.py")
         assert "config.modle: unknown key; nearest valid key: model" in line
 
+    def test_a_shard_damaged_inside_ends_the_run_and_is_named(self, door, config, corpora, tmp_path):
+        shutil.copytree(corpora / "a/train", tmp_path / "a")
+        for shard in (tmp_path / "a").glob("*.arrayrecord"):
+            data = bytearray(shard.read_bytes())
+            data[200:-200] = bytes(len(data) - 400)
+            shard.write_bytes(data)
+        where = [f"--workdir={tmp_path}/run", f"--config.data.sources.a.train={tmp_path}/a"]
+        result = door("train", config, *where)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert ".arrayrecord: damaged at record" in result.stderr.strip().splitlines()[-1]
+
     def test_corpora_of_two_tokenizers(self, refused, tmp_path):
         other_corpus(tmp_path)
         line = refused(f"--config.data.sources.b.train={tmp_path}/other/train")

@@ -5,6 +5,9 @@ import pytest
 
 from llama3_jax.kernels.attention import Places, attention
 
+# Length, heads, KV heads: one chunk of queries, several, and chunks longer than the shortest.
+SHAPES = [(37, 4, 4), (150, 6, 2), (256, 8, 1), (1100, 2, 1)]
+
 
 def packed_places(random: np.random.Generator, rows: int, length: int) -> Places:
     """Random documents in order, some of one token, padding (segment 0) at the end."""
@@ -35,7 +38,7 @@ def float64_attention(q, k, v, places: Places) -> np.ndarray:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(37, 4, 4), (150, 6, 2), (256, 8, 1)])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
 def test_equals_a_float64_loop(implementation, length, heads, kv_heads):
     random = np.random.default_rng()
     q = random.normal(size=(2, length, heads, 16)).astype(np.float32)
@@ -47,7 +50,7 @@ def test_equals_a_float64_loop(implementation, length, heads, kv_heads):
     np.testing.assert_allclose(out[real], expected[real], atol=4e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(37, 4, 4), (150, 6, 2), (256, 8, 1)])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
 def test_chunked_gradients_equal_those_of_the_reference_in_float64(length, heads, kv_heads):
     random = np.random.default_rng()
     q, cotangent = random.normal(size=(2, 2, length, heads, 16))
