@@ -1,6 +1,8 @@
-"""What one process of loader.py measures, by name and arguments; prints the result as JSON.
+"""What one process of loader.py measures, chosen by name and arguments:
 
-python -m experiments.benchmarks.loader_measure '["index", {"position": 0.5}]'
+    python -m experiments.benchmarks.loader_measure '["index", {"position": 0.5}]'
+
+Prints the result as JSON.
 """
 
 import json
@@ -28,10 +30,9 @@ def ours(
 ) -> Iterator[dict[str, np.ndarray]]:
     opened = {name: corpora.Corpus(Path(folder, name)) for name in mix}
     steps = sum(source.info.tokens for source in opened.values()) // (ROWS * length)
-    # Speed may take more than an epoch, the position is a share of one. It is where every source
-    # begins a window: the later rows of one are of more, shorter documents and take longer.
+    # Speed may take more than an epoch, the position is a share of one.
     shape = StageShape(100 * steps, ROWS, length, mix)
-    return Batches(opened, [shape], 0, packing).load(0, int(position * steps) // 64 * 64)
+    return Batches(opened, [shape], 0, packing).load(0, int(position * steps))
 
 
 class Cut(grain.experimental.FlatMapTransform):

@@ -14,7 +14,7 @@ SOURCES = ("general", "math", "code", "multilingual")
 # Near the shares of the text at hand: Llama 3's 50/25/17/8 (paper, section 3.1.2) would leave too
 # little of 53 languages for so short a run.
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
-ANNEALING_MIX = {"general": 0.28, "math": 0.31, "code": 0.26, "multilingual": 0.15}
+ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
 VOCAB_SIZE = 4096
 
 
@@ -48,7 +48,7 @@ def get_config(directory: str = "runs/demo"):
         checkpoint=dict(every_steps=200, keep_last=2),
         validation=dict(every_tokens=500_000, tokens=100_000, length=256),
         samples=dict(
-            prompts=("ROMEO.\n", "The integral of", "def __init__(self,", "El valor de"),
+            prompts=("Romeo and Juliet, ACT II, SCENE II.", "The integral of", "def __init__(self,", "El valor de"),
             max_new_tokens=48,
         ),
         log_every=100,

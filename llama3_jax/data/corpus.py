@@ -25,8 +25,9 @@ from llama3_jax.schema import Config, parse
 
 DATASET_FILE, LENGTHS_FILE = "dataset.json", "lengths.npy"
 FORMAT = 1
-# Documents kept in memory once read: one that spans rows is asked for again by the next row.
-_KEPT_DOCUMENTS = 64
+# Documents stay in memory for the other rows that they are cut into, which lie in the same window
+# of the packing: as many as hold about this many tokens, but no more than the second number.
+_KEPT_TOKENS, _MAX_KEPT = 2**20, 1024
 
 
 class Shard(Config):
@@ -115,16 +116,20 @@ class Corpus:
         return list(itertools.accumulate(shard.documents for shard in self.info.shards))
 
     @functools.cached_property
-    def _open_shard(self) -> Callable[[Path], ArrayRecordReader]:
+    def _open_shard(self) -> Callable[[int], ArrayRecordReader]:
         # No read-ahead: documents are read in shuffled order. No threads: it is one at a time.
         options = dict(
             options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
         )
-        return functools.cache(lambda path: ArrayRecordReader(str(path), **options))
+        return functools.cache(lambda number: ArrayRecordReader(self._path(number), **options))
+
+    def _path(self, shard: int) -> str:
+        return str(self.directory / self.info.shards[shard].file)
 
     @functools.cached_property
     def _recent(self) -> Callable[[int], Document]:
-        return functools.lru_cache(_KEPT_DOCUMENTS)(self._read)
+        kept = min(_KEPT_TOKENS * len(self) // self.info.tokens + 1, _MAX_KEPT)
+        return functools.lru_cache(kept)(self._read)
 
     def __len__(self) -> int:
         return self.info.documents
@@ -148,21 +153,17 @@ class Corpus:
 
     def _read(self, index: int) -> Document:
         number = bisect.bisect_right(self._shard_ends, index)
-        shard = self.info.shards[number]
-        path, record = (
-            self.directory / shard.file,
-            index + shard.documents - self._shard_ends[number],
-        )
+        record = index + self.info.shards[number].documents - self._shard_ends[number]
         try:
             # A range, not a list of one: for a list ArrayRecord goes through the shard's whole
             # index, 0.3 ms in one of 125,000 documents, where this takes 6 us.
-            (content,) = self._open_shard(path).read(record, record + 1)
+            (content,) = self._open_shard(number).read(record, record + 1)
             document = decode_record(content)
             if len(document.tokens) != self.lengths[index]:
                 raise ValueError(f"{len(document.tokens)} tokens, not {self.lengths[index]}")
         except Exception as error:  # ArrayRecord raises bare RuntimeError, ValueError, …
             raise UserError(
-                f"{path}: damaged at record {record} ({error}); "
+                f"{self._path(number)}: damaged at record {record} ({error}); "
                 "delete the file and run llama3_jax.tokenize again"
             ) from None
         return document

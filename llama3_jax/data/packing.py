@@ -139,13 +139,28 @@ class PackedRows:
     def _pack_window(self, window: int) -> list[list[Span]]:
         start = self.origin + window * self._window_tokens
         stop = start + self._window_tokens
+        spans = self.stream.spans(start, stop)
         if self.packing == "best_fit":
-            rows = best_fit(self.stream.spans(start, stop), self.length, self.window_rows)
+            rows = best_fit(spans, self.length, self.window_rows)
         else:
-            starts = range(start, stop, self.length)
-            rows = [self.stream.spans(at, at + self.length) for at in starts]
+            rows = concat(spans, self.length)
         order = self.stream.random(2, start).permutation(len(rows))
         return [rows[i] for i in order]
+
+
+def concat(spans: list[Span], length: int) -> list[list[Span]]:
+    """Cuts spans, one after another, into rows of `length`; the last may be shorter."""
+    rows: list[list[Span]] = []
+    free = 0
+    for document, start, stop in spans:
+        while start < stop:
+            if not free:
+                rows.append([])
+                free = length
+            size = min(free, stop - start)
+            rows[-1].append(Span(document, start, start + size))
+            start, free = start + size, free - size
+    return rows
 
 
 def best_fit(spans: list[Span], length: int, rows: int) -> list[list[Span]]:
