@@ -252,7 +252,9 @@ class TestBadInput:
         line = refused(config=f"--config={tmp_path}/typo.py")
         assert "config.modle: unknown key; nearest valid key: model" in line
 
-    def test_a_shard_damaged_inside_ends_the_run_and_is_named(self, door, config, corpora, tmp_path):
+    def test_a_shard_damaged_inside_ends_the_run_and_is_named(
+        self, door, config, corpora, tmp_path
+    ):
         shutil.copytree(corpora / "a/train", tmp_path / "a")
         for shard in (tmp_path / "a").glob("*.arrayrecord"):
             data = bytearray(shard.read_bytes())

@@ -1,7 +1,6 @@
 """Our training step against Hugging Face transformers on torch: same model, batch and CPU.
 
     pip install 'llama3_jax[parity]' torch --extra-index-url https://download.pytorch.org/whl/cpu
-    python experiments/benchmarks/train_step.py
     python experiments/benchmarks/train_step.py --shapes=1.8M --rounds=20 --json=FILE
 
 Ours is `llama3_jax.training.step.compile_step` as a run uses it: documents packed with their mask,
@@ -10,15 +9,14 @@ its default (scaled-dot-product) attention, fused AdamW and `clip_grad_norm_`, o
 under `torch.compile`. All compute in float32 on every core.
 
 What makes the ratio mean something:
-- Both sides compute the same. They load the same weights (ours, saved by `model/hf.py`) and the
-  same rows of one document each, on which torch's causal mask is our document mask. The losses of
-  the first three steps are compared, so loss, gradients and update all are; the first may differ by
-  1e-4 at most.
-- Each side is a process of its own, and only one works at a time: in a round every side makes a few
-  steps, in an order that alternates. The ratio is that of tokens/s within a round, given as median
-  and quartiles over rounds, and CPU time (user and system) is given beside wall time, because
-  another process on the machine disturbs it less.
-- Both have the same environment: huge pages for large allocations, and threads that sleep when idle.
+- Both sides load the same weights (ours, saved by `model/hf.py`) and the same rows of one document
+  each, on which torch's causal mask is our document mask. The losses of the first three steps are
+  compared, so gradients and update are too; the first may differ by 1e-4 at most.
+- Each side is a process, and one works at a time: in a round every side makes a few steps, in an
+  order that alternates. Ratios are taken within a round. CPU time (user and system) stands beside
+  wall time, because other work on the machine disturbs it less.
+
+Linux only. README.md beside this file says what bounds our step, and what did not help it.
 """
 
 import contextlib
@@ -27,15 +25,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -44,7 +41,13 @@ from rich.table import Table
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
+from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.transformer import init_params
+from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from llama3_jax.training.step import TrainState, compile_step, state_shardings
 
 # Model, rows of a batch, tokens of a row.
 SHAPES = {
@@ -55,14 +58,14 @@ SHAPES = {
 }  # fmt: skip
 OURS, EAGER, COMPILED = SIDES = ("ours", "torch eager", "torch compiled")
 LEARNING_RATE, CHECKED_STEPS, STEPS_PER_ROUND = 1e-3, 3, 3
-# Read when a process starts: XLA and torch both allocate their activations anew in every step, and
-# with huge pages that costs half the page faults or less. Sleeping OpenMP threads leave the cores
-# to the other side.
+# For both sides alike: activations are allocated anew in every step, which huge pages make cheaper;
+# OpenMP threads that wait asleep leave the cores to the other side.
 ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "JAX_PLATFORMS": "cpu",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
 }
 
 FLAGS = flags.FLAGS
@@ -72,23 +75,13 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum("shapes", list(SHAPES), list(SHAPES), "Models to measure.")
     flags.DEFINE_integer("rounds", 15, "Measured rounds.", lower_bound=2)
     flags.DEFINE_string("json", None, "Where the numbers go as JSON.")
+    # The program starts itself once for each side.
     flags.DEFINE_enum("side", None, SIDES, "Be this side, steered by standard input.")
     flags.DEFINE_string("weights", None, "Checkpoint that the side loads.")
 
 
-# ------------------------------------------------------------------------------------- the sides
-
-
 def our_step(shape: str, weights: Path):
     """A function that makes a step and returns its loss."""
-    import jax
-
-    from llama3_jax.model import hf
-    from llama3_jax.parallel.mesh import MeshConfig, make_mesh
-    from llama3_jax.parallel.sharding import put_batch
-    from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from llama3_jax.training.step import TrainState, compile_step, state_shardings
-
     layers = SHAPES[shape][0]["layers"]
     config, params = hf.load(weights, dtype="float32", attention="chunked", layer_unroll=layers)
     optimizer, mesh = OptimizerConfig(), make_mesh(MeshConfig())
@@ -101,13 +94,9 @@ def our_step(shape: str, weights: Path):
     mask[:, -1] = False  # transformers too predicts nothing after a row's last token
     rows = np.zeros(len(tokens), np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    batch = put_batch(
-        dict(
-            tokens=tokens, targets=np.roll(tokens, -1, axis=1), positions=positions,
-            segment_ids=np.ones_like(tokens), loss_mask=mask, source=rows, cut=rows,
-        ),
-        mesh,
-    )  # fmt: skip
+    batch = dict(tokens=tokens, targets=np.roll(tokens, -1, axis=1), positions=positions,
+                 segment_ids=np.ones_like(tokens), loss_mask=mask, source=rows, cut=rows)  # fmt: skip
+    batch = put_batch(batch, mesh)
 
     def step() -> float:
         nonlocal state
@@ -117,20 +106,17 @@ def our_step(shape: str, weights: Path):
     return step
 
 
-def torch_step(shape: str, weights: Path, compiled: bool):
+def torch_step(shape: str, weights: Path, side: str):
     """The same by transformers and torch."""
     import torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.LlamaForCausalLM.from_pretrained(weights, dtype=torch.float32).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=0.1), dict(params=scales, weight_decay=0.0)],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
-    network = torch.compile(model) if compiled else model
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrix],
+                   weight_decay=0.1 * matrix) for matrix in (True, False)]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    network = torch.compile(model) if side == COMPILED else model
     tokens = torch.from_numpy(make_tokens(shape)).long()
 
     def step() -> float:
@@ -152,10 +138,7 @@ def make_tokens(shape: str) -> np.ndarray:
 
 def serve(side: str, shape: str, weights: Path) -> None:
     """Answers each number of steps on standard input with their losses and what they took."""
-    if side == OURS:
-        step = our_step(shape, weights)
-    else:
-        step = torch_step(shape, weights, compiled=side == COMPILED)
+    step = our_step(shape, weights) if side == OURS else torch_step(shape, weights, side)
     for line in sys.stdin:
         usage, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         losses = [step() for _ in range(int(line))]
@@ -171,38 +154,26 @@ class Side:
         self.name = name
         command = [sys.executable, __file__, f"--side={name}", f"--shapes={shape}",
                    f"--weights={weights}"]  # fmt: skip
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=os.environ | ENVIRONMENT)  # fmt: skip
 
     def run(self, steps: int) -> dict:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            print(steps, file=self.process.stdin, flush=True)
         if not (answer := self.process.stdout.readline()):
             raise UserError(f"{self.name}: its process ended; the reason stands above")
         return json.loads(answer)
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-# -------------------------------------------------------------------------------------- measuring
-
 
 def measure(shape: str, rounds: int, weights: Path) -> dict[str, dict]:
     """By side: tokens/s and CPU seconds a step of every round, losses of the checked steps."""
-    from llama3_jax.model import hf
-    from llama3_jax.model.transformer import init_params
-
     model, rows, length = SHAPES[shape]
     config = ModelConfig(**model, dtype="float32")
     hf.save(weights, config, init_params(config, 0), "float32")
     with contextlib.ExitStack() as stack:
         sides = [Side(name, shape, weights) for name in SIDES]
         for side in sides:
-            stack.callback(side.close)
+            stack.callback(side.process.communicate)  # ends its input, and waits
         # Compilation and warm-up happen here, too.
         results = {s.name: dict(s.run(CHECKED_STEPS), tokens_per_s=[], cpu_s=[]) for s in sides}
         check_same(shape, results)
@@ -222,42 +193,37 @@ def check_same(shape: str, results: dict[str, dict]) -> None:
         differences = np.abs(np.subtract(results[name]["losses"], ours))
         # Adam's first updates are near the gradient's sign, which rounding decides where it is 0.
         if differences[0] > 1e-4 or differences.max() > 1e-3:
-            raise UserError(f"{shape}: losses {ours} are not those of {name}: "
-                            f"{results[name]['losses']}")  # fmt: skip
+            raise UserError(f"{shape}: losses {ours}, of {name} {results[name]['losses']}")
 
 
 def table_of(results: dict[str, dict[str, dict]]) -> Table:
     table = Table(title="Training step on CPU, float32 (medians; ratio with its quartiles)")
-    for column in ("model", "side", "tokens/s", "CPU s a step", "ours / it, tokens/s",
-                   "it / ours, CPU", "first loss"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("model", "side") else "right")
+    for column in ("model", "side"):
+        table.add_column(column)
+    for column in ("tokens/s", "CPU s/step", "ours / it, tokens/s", "it / ours, CPU", "first loss"):
+        table.add_column(column, justify="right")
     for shape, sides in results.items():
         ours = sides[OURS]
         for name, side in sides.items():
             low, middle, high = np.percentile(
                 np.divide(ours["tokens_per_s"], side["tokens_per_s"]), (25, 50, 75)
             )
-            cpu = statistics.median(np.divide(side["cpu_s"], ours["cpu_s"]))
-            ratios = ("", "") if name == OURS else (
-                f"{middle:.2f} ({low:.2f}..{high:.2f})", f"{cpu:.2f}")  # fmt: skip
-            table.add_row(
-                shape, name, f"{statistics.median(side['tokens_per_s']):,.0f}",
-                f"{statistics.median(side['cpu_s']):.3f}", *ratios, f"{side['losses'][0]:.5f}",
-                end_section=name == SIDES[-1],
-            )  # fmt: skip
+            cpu = np.median(np.divide(side["cpu_s"], ours["cpu_s"]))
+            cells = [shape, name, f"{np.median(side['tokens_per_s']):,.0f}",
+                     f"{np.median(side['cpu_s']):.3f}",
+                     f"{middle:.2f} ({low:.2f}..{high:.2f})", f"{cpu:.2f}",
+                     f"{side['losses'][0]:.5f}"]  # fmt: skip
+            table.add_row(*cells, end_section=name == SIDES[-1])
     return table
 
 
 def about_this_machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return dict(
-        date=datetime.date.today().isoformat(),
-        cpu=next(line.split(": ")[1] for line in lines if line.startswith("model name")),
-        cores=len(os.sched_getaffinity(0)),
-        python=platform.python_version(),
-        versions={name: importlib.metadata.version(name)
-                  for name in ("jax", "jaxlib", "optax", "flax", "torch", "transformers")},
-    )  # fmt: skip
+    cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    packages = ("jax", "jaxlib", "optax", "flax", "torch", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    date, cores = datetime.date.today().isoformat(), len(os.sched_getaffinity(0))
+    return dict(date=date, cpu=cpu, cores=cores, python=sys.version.split()[0], versions=versions)
 
 
 def main(argv) -> None:
@@ -265,19 +231,17 @@ def main(argv) -> None:
     if FLAGS.side:
         return serve(FLAGS.side, FLAGS.shapes[0], Path(FLAGS.weights))
     if missing := [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]:
-        raise UserError(
-            f"{missing[0]} is not installed: pip install 'llama3_jax[parity]', with a CPU build of "
-            "torch (--extra-index-url https://download.pytorch.org/whl/cpu)"
-        )
+        raise UserError(f"{missing[0]} is not installed: pip install 'llama3_jax[parity]' torch "
+                        "--extra-index-url https://download.pytorch.org/whl/cpu")  # fmt: skip
     results = {}
     with tempfile.TemporaryDirectory() as directory:
         for shape in dict.fromkeys(FLAGS.shapes):
             results[shape] = measure(shape, FLAGS.rounds, Path(directory, shape))
-    Console().print(table_of(results))
+    Console(width=100).print(table_of(results))
     print("Same computation: losses of the first step within 1e-4, of three steps within 1e-3.")
     if FLAGS.json:
-        write_json(Path(FLAGS.json), about_this_machine() | dict(rounds=FLAGS.rounds,
-                                                                 results=results))  # fmt: skip
+        about = about_this_machine() | dict(rounds=FLAGS.rounds)
+        write_json(Path(FLAGS.json), about | dict(results=results))
 
 
 if __name__ == "__main__":

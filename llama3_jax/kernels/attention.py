@@ -18,7 +18,9 @@ Implementation = Literal["reference", "chunked"]
 
 # Finite, so that a row whose every key is masked gives a uniform softmax instead of NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-_CHUNK = 128
+# Few queries at a time keep a chunk's scores in the cache. At most `_MOST_CHUNKS` chunks, because
+# each is compiled by itself.
+_SMALLEST_CHUNK, _MOST_CHUNKS = 64, 16
 
 
 class Places(NamedTuple):
@@ -89,7 +91,8 @@ def _chunked_heads(q_BKGSD, k_BKSD, v_BKSD, places):
 
 
 def _chunks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK)]
+    size = max(_SMALLEST_CHUNK, -(-length // _MOST_CHUNKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _scores(q_BKGSD: Array, k_BKSD: Array, places: Places, start: int, stop: int) -> Array:

@@ -18,5 +18,5 @@ def test_swiglu_gradients_equal_those_of_automatic_differentiation_in_float64(dt
     for array, reference in zip(ours, expected, strict=True):
         assert array.dtype == dtype
         np.testing.assert_allclose(
-            array.astype(np.float64), reference, rtol=tolerance, atol=tolerance
+            np.asarray(array, np.float64), reference, rtol=tolerance, atol=tolerance
         )
