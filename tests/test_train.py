@@ -200,7 +200,7 @@ def test_too_little_space_is_seen_before_the_start(config, tmp_path):
         capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(tmp_path),
     )  # fmt: skip
     assert result.returncode == 2
-    assert "0.0 MB are free, 3 checkpoints need 0." in result.stderr
+    assert "0.0 MB are free, 3 checkpoints need 1." in result.stderr
 
 
 class TestBadInput:
