@@ -59,8 +59,8 @@ SHAPES = {
 OURS, EAGER, COMPILED = SIDES = ("ours", "torch eager", "torch compiled")
 LEARNING_RATE, CHECKED_STEPS, STEPS_PER_ROUND = 1e-3, 3, 3
 # For both sides alike: activations are allocated anew in every step, which huge pages make cheaper.
-# OMP_WAIT_POLICY stays unset: an idle side's threads sleep after milliseconds, and PASSIVE costs
-# torch a tenth of its speed where there is a core for each thread.
+# OMP_WAIT_POLICY stays unset: idle sides take no CPU time without it, and PASSIVE cost compiled
+# torch a tenth of its speed on free cores.
 ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "JAX_PLATFORMS": "cpu",
