@@ -50,7 +50,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def define_config(required: bool = True) -> flags.FlagHolder:
+def define_config() -> flags.FlagHolder:
     """`--config=experiments/….py[:argument]`, with overrides as `--config.model.layers=4`."""
     return config_flags.DEFINE_config_file(
         "config", None, "Config file; its values can be set as --config.key=value."

@@ -1,7 +1,7 @@
 """Packed, mixed batches over all stages of a run, as a pure function of (seed, step).
 
-The stream of each source goes on from stage to stage: a change of length, batch or mix neither
-repeats documents; it may leave the rest of one window of each source (see `PackedRows`) behind.
+The stream of each source goes on from stage to stage: a change of length, batch or mix repeats no
+document, and may leave the rest of one window of each source (see `PackedRows`) behind.
 """
 
 import bisect

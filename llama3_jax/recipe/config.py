@@ -95,9 +95,8 @@ def _overridable(value: Any) -> Any:
         }
     if isinstance(value, dict):
         return {key: _overridable(item) for key, item in value.items()}
-    if isinstance(
-        value, tuple
-    ):  # inside a tuple, config_flags sees placeholders in ConfigDicts only
+    if isinstance(value, tuple):
+        # Inside a tuple, config_flags sees placeholders in ConfigDicts only.
         items = map(_overridable, value)
         return tuple(ml_collections.ConfigDict(i) if isinstance(i, dict) else i for i in items)
     return value

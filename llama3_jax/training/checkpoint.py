@@ -87,8 +87,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
-        return sorted(int(name) for name in names)
+        return _steps(self.directory)
 
     def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
         """Starts a save and returns; waits for the one before it, and raises its error if any.
@@ -143,6 +142,11 @@ class Checkpoints:
         target /= f"{step}-{number}"
         shutil.move(self.directory / str(step), target)
         return target
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; a save under way has no number."""
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -226,10 +230,10 @@ def load_model(path: Path) -> LoadedModel:
     path = Path(path).absolute()
     if (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
-        steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()]
+        steps = _steps(path)
         if not steps:
             raise UserError(f"{path}: no checkpoint yet")
-        path = path / str(max(steps))
+        path = path / str(steps[-1])
     if not (path / "params").is_dir():
         raise UserError(f"{path}: no model here (neither a run, a checkpoint nor a model folder)")
     try:

@@ -33,7 +33,6 @@ class StepMetrics(NamedTuple):
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     applied: Array
-    loss_tokens: Array
     source_loss_sums: Float[Array, "sources"]
     source_tokens: Float[Array, "sources"]
     real_tokens: Array
@@ -106,7 +105,6 @@ def train_step(
         loss=loss,
         grad_norm=grad_norm,
         applied=finite,
-        loss_tokens=jnp.sum(batch["loss_mask"]),
         source_loss_sums=source_sums,
         source_tokens=source_tokens,
         real_tokens=jnp.sum(real),
