@@ -21,6 +21,7 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 # Few queries at a time keep a chunk's scores in the cache. At most `_MOST_CHUNKS` chunks, because
 # each is compiled by itself.
 _SMALLEST_CHUNK, _MOST_CHUNKS = 64, 16
+_ROWS_CHUNK = 512
 
 
 class Places(NamedTuple):
@@ -48,15 +49,22 @@ def attention(
     queries: Places,
     keys: Places,
     implementation: Implementation = "reference",
+    rows: Int[Array, "S"] | None = None,
 ) -> Float[Array, "B S H D"]:
     """Softmax attention, scores and softmax in float32, result in `q.dtype`.
 
-    `chunked` needs self-attention with documents in order: a key later in the array than a query is
-    never in its past. What padding (segment 0) attends to differs between the two, and is for
-    nobody to use.
+    `rows` are the indices of the queries among the keys; None: they are all of them, in order.
+    `chunked` needs documents in order: a key later in the array than a query is never in its past.
+    What padding (segment 0) attends to differs between the two, and is for nobody to use.
     """
-    if implementation == "chunked":
+    if implementation == "chunked" and rows is None:
         return _chunked(q_BSHD, k_BTKD, v_BTKD, queries)
+    if implementation == "chunked":
+        return _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries, keys)
+    return _reference(q_BSHD, k_BTKD, v_BTKD, queries, keys)
+
+
+def _reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Array:
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
     mask_BST = attention_mask(queries, keys)
@@ -68,6 +76,26 @@ def attention(
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHD.dtype)
     out_BSKGD = jnp.einsum("BKGST,BTKD->BSKGD", weights_BKGST, v_BTKD)
     return out_BSKGD.reshape(B, S, H, D)
+
+
+def _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Array:
+    """A chunk of queries at a time against all keys: which are in reach is known on the device only.
+
+    The scores of a chunk are computed again in the backward pass.
+    """
+    S = q_BSHD.shape[1]
+    size = next(n for n in range(min(_ROWS_CHUNK, S), 0, -1) if S % n == 0)
+
+    def chunks(x):
+        return x.reshape(x.shape[0], S // size, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend(chunk):
+        q, positions, segments = chunk
+        return _reference(q, k_BTKD, v_BTKD, Places(positions, segments), keys)
+
+    out = jax.lax.map(attend, (chunks(q_BSHD), chunks(queries.positions), chunks(queries.segments)))
+    return out.swapaxes(0, 1).reshape(q_BSHD.shape)
 
 
 # ------------------------------------------------------------------------------------- chunked

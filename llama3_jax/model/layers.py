@@ -1,7 +1,11 @@
 """One transformer block in Flax NNX: RMSNorm, grouped-query attention, SwiGLU.
 
 Every parameter is float32 and carries its logical axes; `parallel/sharding.py` maps those to mesh
-axes. Shapes: B batch, S length, M model dim, H query heads, K KV heads, D head dim, F FFN dim.
+axes. On a mesh a block computes one rank's part: its tensor rank's heads and FFN columns, for its
+context rank's tokens, which between the products lie split over the tensor ranks too.
+
+Shapes: B batch, S length, s = S / tensor ranks, T length of a whole row, M model dim, H query
+heads, K KV heads, D head dim, F FFN dim; H, K and F are one rank's.
 """
 
 from typing import NamedTuple
@@ -10,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llama3_jax.kernels.attention import Places, attention
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.rope import apply_rope
+from llama3_jax.parallel.ranks import ALONE, Ranks
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
@@ -35,12 +40,14 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What every layer shares: RoPE tables, and where queries and keys lie.
 
-    With a cache, a new key goes to the slot of its position.
+    `rows` are the queries' indices among the keys where they are not simply all of them. With a
+    cache, a new key goes to the slot of its position.
     """
 
     rope: tuple[Array, Array]
     queries: Places
     keys: Places
+    rows: Int[Array, "S"] | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -48,9 +55,9 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.eps = config.norm_eps
-        self.scale = parameter(rngs, (config.dim,), ("embed",), std=0)
+        self.scale = parameter(rngs, (config.dim,), ("norm",), std=0)
 
-    def __call__(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+    def __call__(self, x: Float[Array, "B s M"]) -> Float[Array, "B s M"]:
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * inverse * self.scale[...]).astype(x.dtype)
@@ -68,33 +75,38 @@ class Attention(nnx.Module):
         self.key = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
         self.value = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
         self.out = parameter(rngs, (H, D, M), ("heads", "head_dim", "embed"), out_std)
-        self.implementation = config.attention
+        self.implementation, self.kv_heads = config.attention, K
 
     def __call__(
-        self, x_BSM: Float[Array, "B S M"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B S M"], Cache | None]:
-        q_BSHD = apply_rope(_to_heads(x_BSM, self.query), context.rope)
-        k_BSKD = apply_rope(_to_heads(x_BSM, self.key), context.rope)
-        v_BSKD = _to_heads(x_BSM, self.value)
+        self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
+    ) -> tuple[Float[Array, "B s M"], Cache | None]:
+        x_BSM = ranks.gather_sequence(x_BsM)
+        q_BSHD = apply_rope(_to_heads(x_BSM, self.query[...]), context.rope)
+        key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
+        k_BTKD = ranks.gather_keys(apply_rope(_to_heads(x_BSM, key), context.rope))
+        v_BTKD = ranks.gather_keys(_to_heads(x_BSM, value))
         implementation = self.implementation
         if cache is not None:
             rows, slots = jnp.arange(x_BSM.shape[0])[:, None], context.queries.positions
             cache = Cache(
-                cache.keys.at[rows, slots].set(k_BSKD), cache.values.at[rows, slots].set(v_BSKD)
+                cache.keys.at[rows, slots].set(k_BTKD), cache.values.at[rows, slots].set(v_BTKD)
             )
-            k_BSKD, v_BSKD = cache
+            k_BTKD, v_BTKD = cache
             implementation = "reference"  # the others are made for whole rows
-        out_BSHD = attention(q_BSHD, k_BSKD, v_BSKD, context.queries, context.keys, implementation)
+        out_BSHD = attention(
+            q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows
+        )
         out_BSHD = checkpoint_name(out_BSHD, "attention_out")
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)
-        return linear(out_BSN, self.out[...].reshape(H * D, M)), cache
+        out_BSM = linear(out_BSN, self.out[...].reshape(H * D, M))
+        return ranks.scatter_sequence(out_BSM), cache
 
 
-def _to_heads(x_BSM: Array, weight: nnx.Param) -> Array:
+def _to_heads(x_BSM: Array, weight_MHD: Array) -> Array:
     """[B, S, heads, head dim]"""
-    M, H, D = weight.shape
-    return linear(x_BSM, weight[...].reshape(M, H * D)).reshape(*x_BSM.shape[:2], H, D)
+    M, H, D = weight_MHD.shape
+    return linear(x_BSM, weight_MHD.reshape(M, H * D)).reshape(*x_BSM.shape[:2], H, D)
 
 
 class FeedForward(nnx.Module):
@@ -107,9 +119,10 @@ class FeedForward(nnx.Module):
         self.up = parameter(rngs, (M, F), ("embed", "mlp"), std)
         self.down = parameter(rngs, (F, M), ("mlp", "embed"), out_std)
 
-    def __call__(self, x_BSM: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
+    def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
+        x_BSM = ranks.gather_sequence(x_BsM)
         gate_BSF, up_BSF = linear(x_BSM, self.gate[...]), linear(x_BSM, self.up[...])
-        return linear(_swiglu(gate_BSF, up_BSF), self.down[...])
+        return ranks.scatter_sequence(linear(_swiglu(gate_BSF, up_BSF), self.down[...]))
 
 
 @jax.custom_vjp
@@ -141,9 +154,13 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B S M"], context: Context, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B S M"], Cache | None]:
+        self,
+        x: Float[Array, "B s M"],
+        context: Context,
+        cache: Cache | None = None,
+        ranks: Ranks = ALONE,
+    ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x = checkpoint_name(x, "block_input")
-        attended, cache = self.attention(self.attention_norm(x), context, cache)
+        attended, cache = self.attention(self.attention_norm(x), context, cache, ranks)
         x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), cache
+        return x + self.ffn(self.ffn_norm(x), ranks), cache

@@ -5,6 +5,7 @@ the blocks are stacked over layers, so that one scan compiles one block.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ from llama3_jax.kernels.attention import Places
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
+from llama3_jax.model.loss import token_losses
 from llama3_jax.model.rope import rope_tables
+from llama3_jax.parallel.ranks import ALONE, Ranks
 
 Params = dict[str, Any]
 
@@ -56,30 +59,18 @@ class Transformer(nnx.Module):
 
         A cached row is one document: its queries see every slot up to their own position.
         """
-        config = self.config
-        queries = keys = Places(positions, segment_ids)
+        context = make_context(self.config, positions, segment_ids)
         if cache is not None:
             slots = jnp.broadcast_to(
                 jnp.arange(cache.keys.shape[2]), (len(tokens), cache.keys.shape[2])
             )
-            queries = Places(positions, jnp.ones_like(positions))
-            keys = Places(slots, jnp.ones_like(slots))
-        context = Context(rope_tables(positions, config.rope, config.head_dim), queries, keys)
-        x = self.embedding[...].astype(config.dtype)[tokens]
-
-        block_graph, block_params = nnx.split(self.blocks)
-
-        def apply_block(x, layer):
-            params, layer_cache = layer
-            return nnx.merge(block_graph, params)(x, context, layer_cache)
-
-        if config.remat != "none":
-            apply_block = jax.checkpoint(
-                apply_block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False
+            context = context._replace(
+                queries=Places(positions, jnp.ones_like(positions)),
+                keys=Places(slots, jnp.ones_like(slots)),
             )
-        x, cache = jax.lax.scan(
-            apply_block, x, (block_params, cache), unroll=min(config.layer_unroll, config.layers)
-        )
+        x = embed(self.config, self.embedding[...], tokens)
+        blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
+        x, cache = run_blocks(self.config, blocks, x, context, cache)
         return self.final_norm(x), cache
 
     def head_matrix(self) -> Float[Array, "dim vocab"]:
@@ -97,6 +88,107 @@ class Transformer(nnx.Module):
         return project(hidden, self.head_matrix())
 
 
+# ------------------------------------------------------------ the pieces, as pure functions
+# On a mesh they see the arrays of one rank: its part of the vocabulary, the heads, the tokens.
+
+
+def make_context(
+    config: ModelConfig,
+    positions: Int[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"],
+    ranks: Ranks = ALONE,
+) -> Context:
+    """What all layers share, for this context rank's tokens."""
+    queries = Places(positions, segment_ids)
+    return Context(
+        rope_tables(positions, config.rope, config.head_dim),
+        queries,
+        Places(*map(ranks.gather_places, queries)),
+        ranks.row_indices(positions.shape[1]),
+    )
+
+
+def embed(
+    config: ModelConfig,
+    table: Float[Array, "vocab dim"],
+    tokens: Int[Array, "batch length"],
+    ranks: Ranks = ALONE,
+) -> Float[Array, "batch part dim"]:
+    """Token embeddings, from a table that may be split over tensor ranks by vocabulary."""
+    table = table.astype(config.dtype)
+    if ranks.tensor == 1:
+        return table[tokens]
+    # A token lies in one rank's part; the others add zeros.
+    own = tokens - ranks.vocabulary_offset(len(table))
+    inside = (own >= 0) & (own < len(table))
+    x = jnp.where(inside[..., None], table[jnp.clip(own, 0, len(table) - 1)], 0)
+    return ranks.scatter_sequence(x)
+
+
+def apply_block(
+    config: ModelConfig, params: Params, x: Array, context: Context, cache=None, ranks=ALONE
+) -> tuple[Float[Array, "batch part dim"], Cache | None]:
+    """One block with its parameters as a dict."""
+    graph, state = _abstract_block(config)
+    return nnx.merge(graph, _filled(state, params))(x, context, cache, ranks)
+
+
+def rematerialized(config: ModelConfig, function: Callable) -> Callable:
+    """`function` so that its backward computes again what `config.remat` says."""
+    if config.remat == "none":
+        return function
+    return jax.checkpoint(function, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+
+
+def run_blocks(
+    config: ModelConfig,
+    blocks: Any,
+    x: Float[Array, "batch part dim"],
+    context: Context,
+    cache: Cache | None = None,
+    ranks: Ranks = ALONE,
+    open_block: Callable[[Any], Params] = lambda params: params,
+    keeps_weights: bool = True,
+) -> tuple[Float[Array, "batch part dim"], Cache | None]:
+    """All blocks in turn. `open_block` makes one block's parameters of its part of `blocks`.
+
+    Without `keeps_weights` the backward pass opens them again.
+    """
+
+    def apply(x, layer):
+        params, layer_cache = layer
+        return apply_block(config, open_block(params), x, context, layer_cache, ranks)
+
+    if config.remat == "none" and not keeps_weights:
+        apply = jax.checkpoint(apply, policy=_all_but_weights, prevent_cse=False)
+    else:
+        apply = rematerialized(config, apply)
+    unroll = min(config.layer_unroll, config.layers)
+    return jax.lax.scan(apply, x, (blocks, cache), unroll=unroll)
+
+
+def _all_but_weights(primitive, *operands, **options) -> bool:
+    """Keeps everything but gathered weights and what is free to make again from them."""
+    if primitive.name == "all_gather":
+        # Activations gathered over tensor, and keys and values [B, S, K, D] over context, are kept.
+        return "tensor" in options["axis_name"] or operands[0].ndim == 4
+    return primitive.name not in ("name", "reshape", "convert_element_type")
+
+
+def head_losses(
+    config: ModelConfig,
+    params: Params,
+    x: Float[Array, "batch part dim"],
+    targets: Int[Array, "batch length"],
+    ranks: Ranks = ALONE,
+) -> Float[Array, "batch length"]:
+    """Each token's loss in nats; `params` hold final_norm, and head or (tied) embedding."""
+    norm = nnx.merge(*_abstract_norm(config, params["final_norm"]))
+    hidden = ranks.gather_sequence(norm(x))
+    head = params["embedding"].T if config.tied_head else params["head"]
+    return token_losses(project(hidden, head), targets, ranks)
+
+
 def project(
     hidden: Float[Array, "batch length dim"], head: Float[Array, "dim vocab"]
 ) -> Float[Array, "batch length vocab"]:
@@ -104,17 +196,34 @@ def project(
     return linear(hidden, head, jnp.float32)
 
 
+# ------------------------------------------------------------ modules <-> dicts
+
+
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
 
+@functools.cache
+def _abstract_block(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+
+
+def _abstract_norm(config: ModelConfig, params: Params) -> tuple[nnx.GraphDef, nnx.State]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: RMSNorm(config, rngs=nnx.Rngs(0))))
+    return graph, _filled(state, params)
+
+
+def _filled(state: nnx.State, params: Params) -> nnx.State:
+    state = jax.tree.map(lambda x: x, state)  # a copy: replace_by_pure_dict writes in place
+    nnx.replace_by_pure_dict(state, params)
+    return state
+
+
 def bind(config: ModelConfig, params: Params) -> Transformer:
     """The module with `params` in place; cheap, made to be called inside jit."""
     graph, state = _abstract(config)
-    state = jax.tree.map(lambda x: x, state)  # a copy: replace_by_pure_dict writes in place
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return nnx.merge(graph, _filled(state, params))
 
 
 def abstract_params(config: ModelConfig) -> Params:

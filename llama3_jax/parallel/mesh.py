@@ -1,36 +1,95 @@
-"""The one device mesh: axes data, pipe, context, tensor, outer to inner."""
+"""The one device mesh: axes data, pipe, context, tensor, outer to inner.
 
+The order is that of the Llama 3 paper (section 3.3.2): the axis that talks most lies innermost, on
+the links inside a host.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 import pydantic
+from jax.sharding import Mesh
 
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
 
 AXES = ("data", "pipe", "context", "tensor")
+# Parameters, gradients and optimizer state of a stage are spread over these (FSDP): all ranks that
+# hold the same weights and see other tokens.
+FSDP_AXES = ("data", "context")
 
 
 class MeshConfig(Config):
-    """Devices along each axis; data shards batch, parameters and optimizer (FSDP)."""
+    """Devices along each axis, and how the axes are used.
+
+    fsdp: `zero3` gathers a layer's weights when it is computed, forward and backward, and reduces
+      its gradient at once; `kept` gathers all weights once a step, adds up gradients in float32
+      and reduces them once a step (parameters are not resharded after the forward pass, Llama 3
+      paper, section 3.3.2). Optimizer state is sharded in both.
+    schedule: of the pipeline, see parallel/schedule.py. `virtual_stages` and `contiguous`
+      (micro-batches in a row on one virtual stage, the paper's N; by default as many as there are
+      stages) belong to `interleaved`, which with one virtual stage is 1F1B that holds nearly twice
+      the micro-batches of `1f1b` and never waits for a neighbour.
+    kv_heads: `replicated` lets several tensor ranks share a KV head, each with a copy.
+    """
 
     data: pydantic.PositiveInt = 1
-    pipe: Literal[1] = 1
-    context: Literal[1] = 1
+    pipe: pydantic.PositiveInt = 1
+    context: pydantic.PositiveInt = 1
     tensor: pydantic.PositiveInt = 1
+    fsdp: Literal["zero3", "kept"] = "zero3"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "interleaved"
+    virtual_stages: pydantic.PositiveInt = 1
+    contiguous: pydantic.PositiveInt | None = None
+    kv_heads: Literal["sharded", "replicated"] = "sharded"
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "MeshConfig":
+        if self.schedule != "interleaved":
+            if self.virtual_stages > 1:
+                raise ValueError(
+                    f"virtual_stages={self.virtual_stages} needs schedule='interleaved', "
+                    f"not {self.schedule!r}"
+                )
+            if self.contiguous is not None:
+                raise ValueError(
+                    f"contiguous={self.contiguous} needs schedule='interleaved', "
+                    f"not {self.schedule!r}"
+                )
+        return self
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.pipe * self.context * self.tensor
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh over all devices of the run.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh of devices and how its axes are used; hashable."""
+
+    config: MeshConfig
+    mesh: Mesh
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {axis: getattr(self.config, axis) for axis in AXES}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh over `devices`, by default all devices of the run.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
-    size, devices = int(np.prod(shape)), jax.device_count()
-    if size != devices:
+    present = jax.device_count() if devices is None else len(devices)
+    if config.devices != present:
         layout = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, shape, strict=True))
-        raise UserError(f"mesh {layout} needs {size} devices, {devices} are present")
+        raise UserError(f"mesh {layout} needs {config.devices} devices, {present} are present")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types)
+    if devices is not None:
+        return Layout(config, Mesh(np.array(devices).reshape(shape), AXES, axis_types=types))
+    return Layout(config, jax.make_mesh(shape, AXES, axis_types=types))

@@ -4,62 +4,147 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llama3_jax.errors import UserError
+from llama3_jax.parallel.context import balanced_columns
+from llama3_jax.parallel.mesh import FSDP_AXES, Layout
 
-# Parameters are spread over data along `embed` (FSDP) and over tensor along the width of a layer.
-TABLE: dict[str, str | None] = {
-    "batch": "data",
+# Parameters are spread over the FSDP axes along `embed`, over tensor along the width of a layer,
+# over pipe by layer. Norms are too small to be worth a gather.
+TABLE: dict[str, str | tuple[str, ...] | None] = {
+    "rows": "data",
+    "length": "context",
     "vocab": "tensor",
-    "embed": "data",
+    "embed": FSDP_AXES,
+    "norm": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "layers": None,
+    "layers": "pipe",
 }
 
 
-def spec(axes: tuple[str, ...]) -> PartitionSpec:
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
+
+
+def mesh_axes(axis: str, layout: Layout) -> tuple[str, ...]:
+    """The mesh axes of more than one rank over which a logical axis is split."""
+    if axis == "kv_heads" and layout.config.kv_heads == "replicated":
+        return ()
+    entry = TABLE[axis]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(name for name in names if layout.shape[name] > 1)
+
+
+def spec(axes: tuple[str, ...], layout: Layout) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(TABLE[axis] for axis in axes))
+    split = [mesh_axes(axis, layout) for axis in axes]
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
 
 
-def shardings(axes_tree: Any, mesh: Mesh) -> Any:
+def specs(axes_tree: Any, layout: Layout) -> Any:
+    """A tree of logical axes tuples to a tree of PartitionSpecs."""
+    return jax.tree.map(lambda axes: spec(axes, layout), axes_tree, is_leaf=_is_axes)
+
+
+def shardings(axes_tree: Any, layout: Layout) -> Any:
     """A tree of logical axes tuples to a tree of NamedShardings."""
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes)), axes_tree, is_leaf=is_axes)
+    return jax.tree.map(
+        lambda axes: NamedSharding(layout.mesh, spec(axes, layout)), axes_tree, is_leaf=_is_axes
+    )
 
 
-def check_divisible(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> None:
-    """Refuses a mesh that does not divide the parameters.
+def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout) -> None:
+    """Refuses a mesh that does not divide the parameters. Layers need not divide: see pipeline.
 
     Raises:
       UserError: names the parameter's axis, its size and the mesh axis.
     """
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    all_axes = jax.tree.leaves(axes_tree, is_leaf=is_axes)
+    all_axes = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
     for axes, array in zip(all_axes, jax.tree.leaves(shapes_tree), strict=True):
         for axis, size in zip(axes, array.shape, strict=True):
-            mesh_axis = TABLE[axis]
-            ranks = mesh.shape[mesh_axis] if mesh_axis else 1
+            names = () if axis == "layers" else mesh_axes(axis, layout)
+            ranks = int(np.prod([layout.shape[name] for name in names]))
             if size % ranks:
-                raise UserError(
-                    f"mesh.{mesh_axis}={ranks} does not divide the model's {axis} ({size})"
-                )
+                product = " x ".join(f"mesh.{name}={layout.shape[name]}" for name in names)
+                hint = ""
+                if axis == "kv_heads" and ranks % size == 0:
+                    hint = "; mesh.kv_heads='replicated' lets tensor ranks share KV heads"
+                raise UserError(f"{product} does not divide the model's {axis} ({size}){hint}")
+    if layout.config.kv_heads == "replicated":
+        _check_replicated(axes_tree, shapes_tree, layout)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
+def _check_replicated(axes_tree: Any, shapes_tree: Any, layout: Layout) -> None:
+    tensor = layout.config.tensor
+    all_axes = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
+    for axes, array in zip(all_axes, jax.tree.leaves(shapes_tree), strict=True):
+        size = array.shape[axes.index("kv_heads")] if "kv_heads" in axes else tensor
+        if tensor % size:
+            raise UserError(
+                f"mesh.kv_heads='replicated' needs mesh.tensor ({tensor}) to be a multiple of the "
+                f"model's kv_heads ({size}); mesh.kv_heads='sharded' is for more KV heads than ranks"
+            )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def batch_spec(array: Any, layout: Layout) -> PartitionSpec:
+    """Rows over data, columns over context."""
+    return spec(("rows", "length")[: array.ndim], layout)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows to its devices, as parts of the global batch."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def replicated(layout: Layout) -> NamedSharding:
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def check_batch(rows: int, length: int, micro_batches: int, layout: Layout) -> None:
+    """Refuses a batch that the mesh does not divide.
+
+    Raises:
+      UserError: names the size and the mesh axis.
+    """
+    data, context, tensor = (layout.shape[axis] for axis in ("data", "context", "tensor"))
+    if rows % (data * micro_batches):
+        raise UserError(
+            f"a batch of {rows} rows is not divisible by mesh.data={data} x {micro_batches} "
+            "micro-batches"
+        )
+    pieces = (2 * context if context > 1 else 1) * tensor
+    if length % pieces:
+        raise UserError(
+            f"length {length} is not divisible by {pieces}: mesh.context={context} cuts a row in "
+            f"2 x context chunks, mesh.tensor={tensor} each rank's part once more"
+        )
+
+
+def put_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
+    """This process's rows to its devices, as parts of the global batch.
+
+    `batch` holds the whole rows of the data ranks that this process has devices of, in order (see
+    parallel/processes.py). Columns go to the context ranks in balanced order.
+    """
+    data = layout.shape["data"]
+    own = sorted({index[0] for index in _own_places(layout)})
+    put = {}
+    for name, array in batch.items():
+        per_rank = len(array) // len(own)
+        global_shape = (per_rank * data, *array.shape[1:])
+        if array.ndim > 1:
+            array = array[:, balanced_columns(array.shape[1], layout.shape["context"])]
+        first = own[0] * per_rank
+
+        def part(index, array=array, first=first):
+            start, stop, _ = index[0].indices(global_shape[0])  # noqa: B023
+            return array[(slice(start - first, stop - first), *index[1:])]
+
+        sharding = NamedSharding(layout.mesh, batch_spec(array, layout))
+        put[name] = jax.make_array_from_callback(global_shape, sharding, part)
+    return put
+
+
+def _own_places(layout: Layout) -> list[tuple[int, ...]]:
+    """Mesh coordinates of this process's devices."""
+    process = jax.process_index()
+    return [i for i, d in np.ndenumerate(layout.mesh.devices) if d.process_index == process]

@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from llama3_jax.model import transformer
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.loss import token_losses
-from llama3_jax.model.transformer import Params, abstract_params, forward, init_params, logical_axes
+from llama3_jax.model.transformer import Params, logical_axes
 from llama3_jax.parallel import sharding
+from llama3_jax.parallel.mesh import Layout
+from llama3_jax.parallel.stages import Stages, from_stages, make_stages, to_stages
+from llama3_jax.training.gradients import Batch, make_gradients, make_loss
 from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
-
-Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -41,43 +42,6 @@ class StepMetrics(NamedTuple):
     cut_documents: Array
 
 
-def loss_sums(config: ModelConfig, params: Params, batch: Batch, sources: int):
-    """Sum of the masked losses; and sums and counts by source, [sources] each."""
-    logits = forward(config, params, batch["tokens"], batch["positions"], batch["segment_ids"])
-    mask = batch["loss_mask"].astype(jnp.float32)
-    row_sums = jnp.sum(token_losses(logits, batch["targets"]) * mask, axis=1)
-    by_source = functools.partial(
-        jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources
-    )
-    return jnp.sum(row_sums), (by_source(row_sums), by_source(jnp.sum(mask, axis=1)))
-
-
-def gradients(config: ModelConfig, params: Params, batch: Batch, micro_batches: int, sources: int):
-    """Mean loss over the whole batch and its float32 gradients, a micro-batch at a time.
-
-    The mean is over all loss tokens of the batch, so the split in micro-batches changes nothing but
-    rounding.
-    """
-    value_and_grad = jax.value_and_grad(lambda p, b: loss_sums(config, p, b, sources), has_aux=True)
-    if micro_batches == 1:
-        (total, by_source), grads = value_and_grad(params, batch)
-    else:
-        # Micro-batch i takes every n-th row from i on, so that each spans all data ranks.
-        split = jax.tree.map(
-            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def accumulate(carry, micro_batch):
-            (loss, aux), grads = value_and_grad(params, micro_batch)
-            return jax.tree.map(jnp.add, carry, (loss, aux, grads)), None
-
-        zeros = (jnp.zeros(()), (jnp.zeros(sources), jnp.zeros(sources)),
-                 jax.tree.map(jnp.zeros_like, params))  # fmt: skip
-        (total, by_source, grads), _ = jax.lax.scan(accumulate, zeros, split)
-    tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-    return total / tokens, by_source, jax.tree.map(lambda g: g / tokens, grads)
-
-
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -85,13 +49,20 @@ def train_step(
     *,
     config: ModelConfig,
     optimizer: OptimizerConfig,
+    layout: Layout,
     micro_batches: int,
     sources: int,
 ) -> tuple[TrainState, StepMetrics]:
-    """One AdamW update; not applied when the loss or the gradients are not finite."""
-    loss, (source_sums, source_tokens), grads = gradients(
-        config, state.params, batch, micro_batches, sources
-    )
+    """One AdamW update; not applied when the loss or the gradients are not finite.
+
+    Loss and gradients are means over all loss tokens of the batch, so the split in micro-batches
+    changes nothing but rounding.
+    """
+    rows, length = batch["tokens"].shape
+    sharding.check_batch(rows, length, micro_batches, layout)
+    sums, grads = make_gradients(config, layout, micro_batches, sources)(state.params, batch)
+    tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+    loss, grads = sums.total / tokens, jax.tree.map(lambda g: g / tokens, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, optimizer_state = make_optimizer(optimizer).update(
@@ -105,8 +76,8 @@ def train_step(
         loss=loss,
         grad_norm=grad_norm,
         applied=finite,
-        source_loss_sums=source_sums,
-        source_tokens=source_tokens,
+        source_loss_sums=sums.by_source,
+        source_tokens=sums.tokens_by_source,
         real_tokens=jnp.sum(real),
         # Token p of a document sees p + 1 keys.
         document_pairs=jnp.sum(jnp.where(real, positions + 1, 0).astype(jnp.float32)),
@@ -115,73 +86,173 @@ def train_step(
     )
 
 
-def state_shardings(config: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Shardings of the state: the optimizer's moments lie as their parameters do."""
+# ---------------------------------------------------------------------- the state on a mesh
+
+
+def abstract_params(config: ModelConfig, layout: Layout) -> Params:
+    """Shapes and dtypes of the parameters as they lie on the mesh (see parallel/stages.py)."""
+    return jax.eval_shape(lambda: arrange(transformer.abstract_params(config), config, layout))
+
+
+def state_shardings(config: ModelConfig, optimizer: OptimizerConfig, layout: Layout) -> TrainState:
+    """Shardings of the state: the optimizer's moments lie as their parameters do.
+
+    Raises:
+      UserError: the mesh does not divide the model.
+    """
     axes = logical_axes(config)
-    sharding.check_divisible(axes, abstract_params(config), mesh)
-    params = sharding.shardings(axes, mesh)
-    state = jax.eval_shape(make_optimizer(optimizer).init, abstract_params(config))
+    sharding.check_divisible(axes, transformer.abstract_params(config), layout)
+    params = sharding.shardings(axes, layout)
+    state = jax.eval_shape(make_optimizer(optimizer).init, abstract_params(config, layout))
     moments = optax.tree_map_params(
         make_optimizer(optimizer),
         lambda _, s: s,
         state,
         params,
-        transform_non_params=lambda _: sharding.replicated(mesh),
+        transform_non_params=lambda _: sharding.replicated(layout),
     )
     return TrainState(params, moments)
 
 
 def init_state(
-    config: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int
+    config: ModelConfig, optimizer: OptimizerConfig, layout: Layout, seed: int
 ) -> TrainState:
     """A fresh state, created sharded."""
+    return _compile_init(config, optimizer, layout, seed)()
 
+
+@functools.cache
+def _compile_init(config: ModelConfig, optimizer: OptimizerConfig, layout: Layout, seed: int):
     def create() -> TrainState:
-        params = init_params(config, seed)
+        params = arrange(transformer.init_params(config, seed), config, layout)
         return TrainState(params, make_optimizer(optimizer).init(params))
 
-    return jax.jit(create, out_shardings=state_shardings(config, optimizer, mesh))()
+    return jax.jit(create, out_shardings=state_shardings(config, optimizer, layout))
 
 
-def abstract_state(config: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: OptimizerConfig, layout: Layout) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated."""
-    params = abstract_params(config)
+    params = abstract_params(config, layout)
     shapes = TrainState(params, jax.eval_shape(make_optimizer(optimizer).init, params))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        state_shardings(config, optimizer, mesh),
+        state_shardings(config, optimizer, layout),
     )
+
+
+def _on_blocks(tree: Any, function) -> Any:
+    """`function` on the stacked arrays of the blocks, wherever in the tree they are."""
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: function(x) if _is_stacked(path) else x, tree
+    )
+
+
+def _is_stacked(path) -> bool:
+    return any(getattr(key, "key", None) == "blocks" for key in path)
+
+
+def arrange(tree: Any, config: ModelConfig, layout: Layout) -> Any:
+    """Blocks stacked in the network's order to how they are stacked on the mesh."""
+    if layout.config.pipe == 1:
+        return tree
+    stages = make_stages(config.layers, layout.config)
+    return _on_blocks(tree, lambda x: to_stages(x, stages))
+
+
+def to_canonical(tree: Any, config: ModelConfig, layout: Layout) -> Any:
+    """Parameters or a state with blocks stacked in the network's order: what checkpoints hold."""
+    if layout.config.pipe == 1:
+        return tree
+    stages = make_stages(config.layers, layout.config)
+
+    def convert(x: jax.Array) -> jax.Array:
+        return _compile_from_stages(stages, _without_pipe(x.sharding))(x)
+
+    return _on_blocks(tree, convert)
+
+
+@functools.cache
+def _compile_from_stages(stages: Stages, to: NamedSharding):
+    return jax.jit(lambda x: from_stages(x, stages), out_shardings=to)
+
+
+@functools.cache
+def _compile_to_stages(stages: Stages, to: NamedSharding):
+    return jax.jit(lambda x: to_stages(x, stages), out_shardings=to)
+
+
+def from_canonical(
+    state: TrainState, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
+) -> TrainState:
+    """A state in the network's order to how it lies on the mesh; `state` may lie on any mesh."""
+    shardings = state_shardings(config, optimizer, layout)
+    if layout.config.pipe == 1:
+        return jax.device_put(state, shardings)
+    stages = make_stages(config.layers, layout.config)
+
+    def convert(path, x: jax.Array, to: NamedSharding) -> jax.Array:
+        if not _is_stacked(path):
+            return jax.device_put(x, to)
+        return _compile_to_stages(stages, to)(jax.device_put(x, _without_pipe(to)))
+
+    return jax.tree_util.tree_map_with_path(convert, state, shardings)
+
+
+def abstract_canonical(
+    config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
+) -> TrainState:
+    """As `abstract_state`, of the state in the network's order: what to restore."""
+    params = transformer.abstract_params(config)
+    shapes = TrainState(params, jax.eval_shape(make_optimizer(optimizer).init, params))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_without_pipe(s)),
+        shapes,
+        state_shardings(config, optimizer, layout),
+    )
+
+
+def _without_pipe(s: NamedSharding) -> NamedSharding:
+    return NamedSharding(s.mesh, PartitionSpec(*(None if a == "pipe" else a for a in s.spec)))
+
+
+# ---------------------------------------------------------------------- compiled functions
 
 
 @functools.cache
 def compile_step(
-    config: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, micro_batches: int, sources: int
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    layout: Layout,
+    micro_batches: int,
+    sources: int,
 ):
     """The jitted train step for a mesh, compiled once a shape; the state is donated."""
-    state = state_shardings(config, optimizer, mesh)
+    state = state_shardings(config, optimizer, layout)
     step = functools.partial(
-        train_step, config=config, optimizer=optimizer, micro_batches=micro_batches, sources=sources
+        train_step,
+        config=config,
+        optimizer=optimizer,
+        layout=layout,
+        micro_batches=micro_batches,
+        sources=sources,
     )
     return jax.jit(
         step,
-        in_shardings=(state, sharding.batch_sharding(mesh), None),
-        out_shardings=(state, sharding.replicated(mesh)),
+        in_shardings=(state, None, None),
+        out_shardings=(state, sharding.replicated(layout)),
         donate_argnums=0,
     )
 
 
 @functools.cache
-def compile_validation(config: ModelConfig, mesh: Mesh):
+def compile_validation(config: ModelConfig, layout: Layout):
     """Jitted (params, batch) -> (sum of losses in nats, loss tokens)."""
-    params = sharding.shardings(logical_axes(config), mesh)
 
     def validate(params: Params, batch: Batch):
-        total, _ = loss_sums(config, params, batch, sources=1)
-        return total, jnp.sum(batch["loss_mask"])
+        sums = make_loss(config, layout, sources=1)(params, batch)
+        return sums.total, jnp.sum(batch["loss_mask"])
 
-    return jax.jit(
-        validate,
-        in_shardings=(params, sharding.batch_sharding(mesh)),
-        out_shardings=sharding.replicated(mesh),
-    )
+    params = sharding.shardings(logical_axes(config), layout)
+    return jax.jit(validate, in_shardings=(params, None), out_shardings=sharding.replicated(layout))

@@ -9,16 +9,16 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.flops import matmul_parameters, training_flops
 from llama3_jax.model.transformer import forward, init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
-from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.parallel.sharding import check_batch, put_batch
+from llama3_jax.training.gradients import make_gradients
 from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
 from llama3_jax.training.step import (
     TrainState,
     compile_step,
     compile_validation,
-    gradients,
     init_state,
     state_shardings,
-)  # fmt: skip
+)
 
 MODEL = ModelConfig(
     vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32",
@@ -47,6 +47,22 @@ def make_batch(rows=8, length=24, seed=0):
     return {k: v.astype(np.int32) for k, v in arrays.items()} | {"loss_mask": mask}
 
 
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def gradients(params, batch, micro_batches=1):
+    """Mean loss, sums by source, gradients of the mean: on one device."""
+    function = make_gradients(MODEL, one_device(), micro_batches, 2)
+    sums, grads = jax.jit(function)(params, put_batch(batch, one_device()))
+    tokens = batch["loss_mask"].sum()
+    return (
+        sums.total / tokens,
+        (sums.by_source, sums.tokens_by_source),
+        jax.tree.map(lambda g: g / tokens, grads),
+    )
+
+
 def run_steps(mesh_config, micro_batches=1, steps=3):
     mesh = make_mesh(mesh_config)
     state = init_state(MODEL, OPTIMIZER, mesh, 0)
@@ -59,7 +75,7 @@ def run_steps(mesh_config, micro_batches=1, steps=3):
 def test_the_loss_is_the_mean_over_the_mask_and_splits_by_source():
     batch = make_batch()
     params = init_params(MODEL, 0)
-    loss, (sums, counts), _ = gradients(MODEL, params, batch, 1, 2)
+    loss, (sums, counts), _ = gradients(params, batch)
     logits = np.asarray(
         forward(MODEL, params, batch["tokens"], batch["positions"], batch["segment_ids"]),
         np.float64,
@@ -77,9 +93,9 @@ def test_accumulation_over_micro_batches_gives_the_gradients_of_the_whole_batch(
     batch, params = make_batch(), init_params(MODEL, 0)
     # Uneven masks: a mean of the micro-batches' means would be another number.
     batch["loss_mask"][:3, 5:] = False
-    whole = gradients(MODEL, params, batch, 1, 2)
+    whole = gradients(params, batch)
     for micro_batches in (2, 4, 8):
-        split = gradients(MODEL, params, batch, micro_batches, 2)
+        split = gradients(params, batch, micro_batches)
         for ours, reference in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-4)
 
@@ -94,7 +110,7 @@ def test_three_steps_are_the_same_on_every_mesh(mesh):
 
 
 def run_steps_on_one_device(steps=3):
-    """The same steps without a mesh."""
+    """The same steps on one device."""
     from llama3_jax.training.optimizer import make_optimizer
     from llama3_jax.training.step import train_step
 
@@ -102,8 +118,8 @@ def run_steps_on_one_device(steps=3):
     state = TrainState(params, make_optimizer(OPTIMIZER).init(params))
     for i in range(steps):
         state, metrics = train_step(
-            state, make_batch(seed=i), np.float32(1e-2), config=MODEL, optimizer=OPTIMIZER,
-            micro_batches=1, sources=2,
+            state, put_batch(make_batch(seed=i), one_device()), np.float32(1e-2), config=MODEL,
+            optimizer=OPTIMIZER, layout=one_device(), micro_batches=1, sources=2,
         )  # fmt: skip
     return jax.device_get(state), jax.device_get(metrics)
 
@@ -111,16 +127,19 @@ def run_steps_on_one_device(steps=3):
 def test_parameters_and_moments_are_sharded_over_data():
     mesh = make_mesh(DATA8)
     state = init_state(MODEL, OPTIMIZER, mesh, 0)
-    big = [x for x in jax.tree.leaves(state) if x.size >= 32]
-    assert len(big) > 30
-    for array in big:
+    matrices = [
+        array for path, array in jax.tree_util.tree_leaves_with_path(state)
+        if array.ndim and "scale" not in jax.tree_util.keystr(path)
+    ]  # fmt: skip
+    assert len(matrices) == 3 * 9
+    for array in matrices:
         assert array.addressable_shards[0].data.size * 8 == array.size
 
 
 def test_the_update_is_adamw_with_decay_on_matrices_only():
     batch, rate = make_batch(), 1e-2
     params = init_params(MODEL, 0)
-    _, _, grads = gradients(MODEL, params, batch, 1, 2)
+    _, _, grads = gradients(params, batch)
     norm = float(optax.tree.norm(grads))
     state, metrics = run_steps(DATA8, steps=1)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
@@ -174,9 +193,19 @@ def test_validation_gives_the_sum_of_losses():
     mesh = make_mesh(DATA8)
     state, batch = init_state(MODEL, OPTIMIZER, mesh, 0), make_batch()
     total, count = compile_validation(MODEL, mesh)(state.params, put_batch(batch, mesh))
-    loss, _, _ = gradients(MODEL, init_params(MODEL, 0), batch, 1, 2)
+    loss, _, _ = gradients(init_params(MODEL, 0), batch)
     assert count == batch["loss_mask"].sum()
     assert total / count == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_batches_that_the_mesh_does_not_divide_are_refused():
+    mesh = make_mesh(MeshConfig(data=4, context=2))
+    step = compile_step(MODEL, OPTIMIZER, mesh, 4, 2)
+    state = init_state(MODEL, OPTIMIZER, mesh, 0)
+    with pytest.raises(UserError, match="8 rows is not divisible by mesh.data=4 x 4 micro-batches"):
+        step(state, put_batch(make_batch(), mesh), np.float32(0))
+    with pytest.raises(UserError, match="length 30 is not divisible by 4: mesh.context=2 cuts"):
+        check_batch(8, 30, 1, mesh)
 
 
 def test_meshes_that_do_not_fit_are_refused_by_name():
@@ -185,6 +214,13 @@ def test_meshes_that_do_not_fit_are_refused_by_name():
     mesh = make_mesh(MeshConfig(tensor=8))
     with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the model's \w+ \(2\)"):
         state_shardings(MODEL.model_copy(update={"heads": 8}), OPTIMIZER, mesh)
+    # Two KV heads on eight tensor ranks need copies; sixteen would need none.
+    model = MODEL.model_copy(update={"heads": 8})
+    copies = make_mesh(MeshConfig(tensor=8, kv_heads="replicated"))
+    state_shardings(model, OPTIMIZER, copies)
+    with pytest.raises(UserError, match="to be a multiple of the model's kv_heads .16."):
+        update = {"heads": 16, "kv_heads": 16}
+        state_shardings(MODEL.model_copy(update=update), OPTIMIZER, copies)
 
 
 def test_flops_by_hand():

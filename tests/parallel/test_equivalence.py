@@ -1,0 +1,133 @@
+"""Every mesh computes what one device computes: the compiled training step against plain autodiff.
+
+The step's gradients are read off AdamW's first moment, which after one step is (1 - b1) times the
+gradient of the mean loss.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llama3_jax.parallel.mesh import make_mesh
+from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.parallel.stages import from_stages, make_stages
+from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from llama3_jax.training.step import TrainState, compile_step, from_canonical
+from tests.parallel.equivalence import (
+    FACTORISATIONS,
+    MICRO_BATCHES,
+    MODEL,
+    SOURCES,
+    mesh_config,
+    on_mesh,
+    packed_batch,
+    random_params,
+    relative_errors,
+    serial,
+)
+
+OPTIMIZER = OptimizerConfig(clip=1e9)
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes time here
+SCHEDULES = {
+    "gpipe": dict(schedule="gpipe", fsdp="kept"),
+    "1f1b": dict(schedule="1f1b", fsdp="zero3"),
+    "interleaved": dict(schedule="interleaved", fsdp="kept"),
+}
+
+
+def cases():
+    for number, shape in enumerate(FACTORISATIONS):
+        name = "x".join(map(str, shape))
+        if shape[1] == 1:
+            fsdp = ("zero3", "kept")[number % 2]
+            yield pytest.param(shape, dict(fsdp=fsdp), id=f"{name}-{fsdp}")
+            continue
+        for schedule, options in SCHEDULES.items():
+            if schedule == "interleaved" and shape[1] < 8:
+                # Three in a row of four micro-batches: N divides neither them nor the stages.
+                options = options | {"virtual_stages": 2, "contiguous": 3}
+            yield pytest.param(shape, options, id=f"{name}-{schedule}")
+
+
+@functools.cache
+def expected():
+    params, batch = random_params(MODEL), packed_batch()
+    loss, gradients = serial(MODEL, params, batch)
+    tokens = batch["loss_mask"].sum()
+    return loss / tokens, jax.tree.map(lambda g: np.asarray(g) / tokens, gradients)
+
+
+@pytest.mark.parametrize("shape, options", list(cases()))
+def test_training_step_equals_the_serial_model(shape, options):
+    layout = make_mesh(mesh_config(shape, **options))
+    params = random_params()
+    # On the host: the step is given its state to overwrite.
+    fresh = jax.tree.map(np.asarray, TrainState(params, make_optimizer(OPTIMIZER).init(params)))
+    batch, rate = put_batch(packed_batch(), layout), np.float32(1e-2)
+    state = from_canonical(fresh, MODEL, OPTIMIZER, layout)
+    lowered = compile_step(MODEL, OPTIMIZER, layout, MICRO_BATCHES, SOURCES).lower(
+        state, batch, rate
+    )
+    step = lowered.compile(compiler_options=QUICK)
+
+    def three_steps():
+        state = from_canonical(fresh, MODEL, OPTIMIZER, layout)
+        states, losses = [], []
+        for _ in range(3):
+            state, metrics = step(state, batch, rate)
+            states.append(jax.tree.map(np.asarray, state))
+            losses.append(float(metrics.loss))
+        return states, losses
+
+    states, losses = three_steps()
+    loss, gradients = expected()
+    assert losses[0] == pytest.approx(float(loss), rel=1e-5)
+    assert losses[2] < losses[0]
+    moments = jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), states[0].optimizer[1].mu)
+    if layout.config.pipe > 1:
+        stages = make_stages(MODEL.layers, layout.config)
+        moments["blocks"] = from_stages(moments["blocks"], stages)
+    assert max(relative_errors(moments, gradients).values()) <= 1e-5
+
+    again, losses_again = three_steps()
+    assert losses_again == losses
+    for a, b in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(again[-1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+VARIANTS = {
+    "remat": ((2, 2, 2, 1), dict(virtual_stages=2), dict(remat="full")),
+    "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_attention")),
+    "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
+    "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
+    "tied-head-kept": ((4, 1, 1, 2), dict(fsdp="kept"), dict(tied_head=True, layer_unroll=6)),
+}
+
+
+@pytest.mark.parametrize("shape, options, changes", list(VARIANTS.values()), ids=VARIANTS)
+def test_remat_attention_and_tied_head_change_nothing(shape, options, changes):
+    model = MODEL.model_copy(update=changes)
+    params, batch = random_params(model, seed=1), packed_batch(seed=1)
+    loss, gradients = serial(model, params, batch)
+    sums, on = on_mesh(model, params, batch, mesh_config(shape, **options))
+    assert float(sums.total) == pytest.approx(float(loss), rel=1e-5)
+    assert max(relative_errors(on, gradients).values()) <= 1e-5
+    assert float(sums.tokens_by_source.sum()) == batch["loss_mask"].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
+@pytest.mark.parametrize("fsdp", ["zero3", "kept"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
+def test_full_matrix(shape, schedule, fsdp, remat):
+    if shape[1] == 1 and schedule != "gpipe":
+        pytest.skip("no pipeline: one schedule is as good as another")
+    model = MODEL.model_copy(update={"remat": remat})
+    params, batch = random_params(model, seed=2), packed_batch(seed=2)
+    _, gradients = serial(model, params, batch)
+    config = mesh_config(shape, schedule=schedule, fsdp=fsdp)
+    _, on = on_mesh(model, params, batch, config)
+    assert max(relative_errors(on, gradients).values()) <= 1e-5
