@@ -4,9 +4,11 @@
     python -m llama3_jax.train --config=… --workdir=… --config.model.layers=8    # another value
     python -m llama3_jax.train --config=… --check                    # print the timeline and stop
     python -m llama3_jax.train --config=… --documents_of_step=120     # what made that batch
+    srun python -m llama3_jax.train --config=… --workdir=…           # a process a task
 
-The same command goes on where the run stopped. SIGTERM saves and exits with code 75 ("queue me
-again"), Ctrl-C saves and exits with 130.
+The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
+and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one process's signal
+stops all. When a process is lost the others exit with code 3.
 """
 
 import json
@@ -21,8 +23,9 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
+from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import make_mesh
-from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
 from llama3_jax.recipe.prepare import Run, prepare, print_timeline
@@ -30,14 +33,15 @@ from llama3_jax.recipe.resume import check_same_run, run_metadata
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
 from llama3_jax.training.hardware import peak_flops
-from llama3_jax.training.metrics import MetricsWriter
+from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.step import (
     TrainState,
-    abstract_state,
+    abstract_canonical,
     compile_step,
+    from_canonical,
     init_state,
-    state_shardings,
+    to_canonical,
 )
 
 FLAGS = flags.FLAGS
@@ -45,6 +49,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     cli.define_config()
+    processes.define_flags()
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
     flags.DEFINE_bool("check", False, "Validate the config, print its timeline, and stop.")
     flags.DEFINE_integer("documents_of_step", None, "Print the documents of a step, and stop.")
@@ -52,101 +57,118 @@ def define_flags() -> None:
 
 def main(_) -> int:
     config = parse(RunConfig, cli.require_config(FLAGS.config))
-    run = prepare(config)
     if FLAGS.check:
-        print_timeline(run)
+        print_timeline(prepare(config))
         return 0
     if FLAGS.documents_of_step is not None:
-        for entry in run.batches.documents(FLAGS.documents_of_step):
+        for entry in prepare(config).batches.documents(FLAGS.documents_of_step):
             print(json.dumps(entry._asdict(), ensure_ascii=False))
         return 0
     if not FLAGS.workdir:
         raise UserError("--workdir is required: where checkpoints and metrics go")
-    return train(run, Path(FLAGS.workdir))
+    with processes.joined(processes.from_flags()):
+        return train(prepare(config), Path(FLAGS.workdir))
 
 
 def train(run: Run, workdir: Path) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
     config, timeline = run.config, run.timeline
-    meshes = [make_mesh(stage.mesh) for stage in timeline.stages]
-    abstract, *_ = [abstract_state(config.model, config.optimizer, mesh) for mesh in meshes]
+    model, optimizer = config.model, config.optimizer
+    layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
+    parts = [processes.local_rows(layout.mesh) for layout in layouts]
+    abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
+    for stage, layout in zip(timeline.stages, layouts, strict=True):
+        check_batch(stage.batch_rows, stage.length, stage.micro_batches, layout)
     workdir.mkdir(parents=True, exist_ok=True)
-    check_space(workdir, abstract, config)
+    check_space(workdir, abstract[0], config)
 
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
     restored = restore_newest(
         checkpoints,
-        abstract.params,
-        abstract.optimizer,
+        lambda step: abstract[timeline.stage_index(step)],
         lambda saved: check_same_run(
             saved, run_metadata(config, timeline, run.corpora, saved["step"], 0)
         ),
     )
     if restored:
-        state, step = TrainState(restored.params, restored.optimizer), restored.step
-        bad_steps = restored.metadata["bad_steps"]
+        step, bad_steps = restored.step, restored.metadata["bad_steps"]
+        layout = layouts[timeline.stage_index(step)]
+        state = TrainState(restored.params, restored.optimizer)
+        state = from_canonical(state, model, optimizer, layout)
+        del restored  # or its arrays would stay as long as the run
     else:
-        state = init_state(config.model, config.optimizer, meshes[0], config.seed)
-        step, bad_steps = 0, 0
-    write_json(workdir / "config.json", json.loads(config.model_dump_json()))
-    (workdir / "tokenizer").mkdir(exist_ok=True)
+        step, bad_steps, layout = 0, 0, layouts[0]
+        state = init_state(model, optimizer, layout, config.seed)
     tokenizer = next(iter(run.corpora.values())).tokenizer()
-    tokenizer.save(workdir / "tokenizer")
+    writes = processes.is_first()
+    if writes:
+        write_json(workdir / "config.json", json.loads(config.model_dump_json()))
+        (workdir / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
 
     # ---- log
-    metrics = MetricsWriter(workdir, step)
-    progress = RunProgress(timeline.tokens, timeline.consumed(step), config.log_every)
+    metrics = MetricsWriter(workdir, step) if writes else NoMetrics()
+    progress = RunProgress(
+        timeline.tokens, timeline.consumed(step), config.log_every, quiet=not writes
+    )
     peak, peak_source = peak_flops()
     progress.say(
-        f"{config.model.parameter_count():,} parameters, attention={config.model.attention}, "
-        f"{config.model.dtype}, {jax.device_count()} {jax.devices()[0].device_kind} device(s); "
-        f"MFU against {peak:.3g} FLOP/s ({peak_source})"
+        f"{model.parameter_count():,} parameters, attention={model.attention}, "
+        f"{model.dtype}, {jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
+        f"{jax.process_count()} process(es); MFU against {peak:.3g} FLOP/s ({peak_source})"
     )
-    if restored:
+    if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)
 
     # ---- the loop: stage after stage, step after step
-    stop = StopSignal()
+    stop = StopSignal(processes.SharedNumber())
 
     def save() -> None:
         log.flush()
         metrics.sync()
         metadata = run_metadata(config, timeline, run.corpora, step, log.bad_steps)
-        checkpoints.save(step, state.params, state.optimizer, metadata)
+        canonical = to_canonical(state, model, layout)
+        checkpoints.save(step, canonical.params, canonical.optimizer, metadata)
 
     try:
-        while step < timeline.steps and not stop.requested:
+        while step < timeline.steps and not stop.agreed:
             index = timeline.stage_index(step)
             stage = timeline.stages[index]
-            model = config.model.model_copy(update={"rope": stage.rope})
-            mesh = meshes[index]
-            state = jax.device_put(state, state_shardings(model, config.optimizer, mesh))
+            stage_model = model.model_copy(update={"rope": stage.rope})
+            if layouts[index] != layout:
+                state = to_canonical(state, model, layout)
+                layout = layouts[index]
+                state = from_canonical(state, model, optimizer, layout)
             step_function = compile_step(
-                model, config.optimizer, mesh, stage.micro_batches, len(run.batches.sources)
+                stage_model, optimizer, layout, stage.micro_batches, len(run.batches.sources)
             )
+            host, hosts = parts[index]
             loader = run.batches.load(
                 index,
                 step - stage.first_step,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
+                host=host,
+                hosts=hosts,
                 workers=config.data.workers,
             )
             for batch in loader:
                 rate = np.float32(timeline.step_learning_rate(step))
-                state, step_metrics = step_function(state, put_batch(batch, mesh), rate)
+                state, step_metrics = step_function(state, put_batch(batch, layout), rate)
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
+                stop.agree()
                 if due(config, timeline, step):
                     log.flush()
-                    validate(run, model, mesh, stage, state.params, step, metrics, progress)
-                    write_samples(run, model, state.params, step, tokenizer, metrics, progress)
+                    validate(run, stage_model, layout, stage, state.params, step, metrics, progress)
+                    params = to_canonical(state.params, model, layout)
+                    write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
+                    del params
                     log.restart_clock()
                 if step % policy.every_steps == 0 or step == timeline.steps:
                     save()
-                if stop.requested:
+                if stop.agreed:
                     break
         save()
         log.flush()
@@ -159,9 +181,11 @@ def train(run: Run, workdir: Path) -> int:
         progress.close()
         metrics.close()
     if step < timeline.steps:
-        print(f"{stop.name} after step {step}: state saved; the same command goes on from here")
+        progress.say(
+            f"{stop.name} after step {step}: state saved; the same command goes on from here"
+        )
         return stop.exit_code
-    print(f"finished: {step} steps, {timeline.consumed(step):,} tokens in {workdir}")
+    progress.say(f"finished: {step} steps, {timeline.consumed(step):,} tokens in {workdir}")
     return 0
 
 
@@ -183,18 +207,27 @@ def check_space(workdir: Path, abstract: TrainState, config: RunConfig) -> None:
 
 
 class StopSignal:
-    """SIGTERM (a scheduler wants the machine) and SIGINT (Ctrl-C) end the run after the step."""
+    """SIGTERM (a scheduler wants the machine) and SIGINT (Ctrl-C) end the run after the step.
 
-    def __init__(self) -> None:
-        self.requested, self.name, self.exit_code = False, "", 0
-        for number, code in (
-            (signal.SIGTERM, cli.EXIT_REQUEUE),
-            (signal.SIGINT, cli.EXIT_INTERRUPTED),
-        ):
-            signal.signal(number, lambda n, _, code=code: self._request(n, code))
+    With several processes, a signal to any one of them stops all after the same step.
+    """
 
-    def _request(self, number: int, code: int) -> None:
-        self.requested, self.name, self.exit_code = True, signal.Signals(number).name, code
+    EXIT_CODES = {signal.SIGINT: cli.EXIT_INTERRUPTED, signal.SIGTERM: cli.EXIT_REQUEUE}
+
+    def __init__(self, shared: processes.SharedNumber) -> None:
+        self.agreed, self.name, self.exit_code = False, "", 0
+        self._shared, self._received = shared, 0
+        for number in self.EXIT_CODES:
+            signal.signal(number, self._receive)
+
+    def agree(self) -> None:
+        """Called once a step by all processes: learns whether to stop, and by which signal."""
+        if number := self._shared.exchange(self._received):
+            self.agreed, self.name = True, signal.Signals(number).name
+            self.exit_code = self.EXIT_CODES[number]
+
+    def _receive(self, number: int, _) -> None:
+        self._received = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 

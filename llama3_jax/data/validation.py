@@ -9,12 +9,18 @@ from llama3_jax.data.packing import Span, build_row
 
 
 def validation_batches(
-    corpus: Corpus, length: int, rows: int, tokens: int
+    corpus: Corpus, length: int, rows: int, tokens: int, *, host: int = 0, hosts: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of [rows, length] over the first `tokens` tokens of the corpus, or all of it."""
+    """Batches of [rows, length] over the first `tokens` tokens of the corpus, or all of it.
+
+    With several hosts, `rows` is a multiple of their number, and host h gets its h-th contiguous
+    part of each batch.
+    """
     tokens = min(tokens, corpus.info.tokens)
+    rows //= hosts
     ends = np.cumsum(corpus.lengths, dtype=np.int64)
-    for first in range(0, tokens, rows * length):
+    for batch_start in range(0, tokens, hosts * rows * length):
+        first = batch_start + host * rows * length
         batch = [
             build_row(corpus, _spans(ends, start, min(start + length, tokens)), length)
             for start in range(first, first + rows * length, length)

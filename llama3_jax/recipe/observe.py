@@ -1,21 +1,25 @@
 """What a run tells of itself: a record of each step, held-out losses, samples."""
 
+import functools
 import math
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.validation import validation_batches
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.decoding import generate
+from llama3_jax.model.decoding import compute_params, generate
 from llama3_jax.model.flops import training_flops
 from llama3_jax.model.transformer import Params
+from llama3_jax.parallel.mesh import Layout
+from llama3_jax.parallel.processes import is_first, local_rows
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.prepare import Run
@@ -23,6 +27,9 @@ from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.metrics import MetricsWriter
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.step import StepMetrics, compile_validation
+
+# Weights that several processes may gather on a single device to generate samples.
+_GATHERED_SAMPLE_BYTES = 8e9
 
 
 class StepLog:
@@ -118,23 +125,25 @@ def due(config: RunConfig, timeline: Timeline, step: int) -> bool:
 
 
 def validate(
-    run: Run, model: ModelConfig, mesh: Mesh, stage: ResolvedStage, params: Params, step: int,
+    run: Run, model: ModelConfig, layout: Layout, stage: ResolvedStage, params: Params, step: int,
     metrics: MetricsWriter, progress: RunProgress,
 ) -> None:  # fmt: skip
     """Loss of each source's held-out documents, in nats a token and bits a byte."""
     config = run.config.validation
-    function = compile_validation(model, mesh)
+    function = compile_validation(model, layout)
     length = config.length or stage.length
-    rows = max(stage.micro_batch_tokens // length, mesh.shape["data"])
+    ranks = layout.shape["data"]
+    rows = max(stage.micro_batch_tokens // length // ranks, 1) * ranks
+    host, hosts = local_rows(layout.mesh)
     losses, bits = {}, {}
     for name, corpus in run.validation.items():
-        total, count, positions = 0.0, 0, 0
-        for batch in validation_batches(corpus, length, rows, config.tokens):
-            batch_total, batch_count = function(params, put_batch(batch, mesh))
+        total, count = 0.0, 0
+        batches = validation_batches(corpus, length, rows, config.tokens, host=host, hosts=hosts)
+        for batch in batches:
+            batch_total, batch_count = function(params, put_batch(batch, layout))
             total, count = total + float(batch_total), count + int(batch_count)
-            positions += int((batch["segment_ids"] > 0).sum())
         losses[name] = total / count
-        share = positions / corpus.info.tokens
+        share = min(config.tokens, corpus.info.tokens) / corpus.info.tokens
         bits[name] = total / math.log(2) / (corpus.info.utf8_bytes * share)
     if losses:
         tokens = run.timeline.consumed(step)
@@ -145,14 +154,34 @@ def validate(
         progress.say(f"held-out loss after {tokens:,} tokens: {each}")
 
 
+@functools.cache
+def _gather(model: ModelConfig, mesh: Mesh):
+    """Compiled: parameters to copies on all devices, in the dtypes of the forward pass."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(functools.partial(compute_params, model), out_shardings=everywhere)
+
+
 def write_samples(
     run: Run, model: ModelConfig, params: Params, step: int, tokenizer: Tokenizer,
     metrics: MetricsWriter, progress: RunProgress,
 ) -> None:  # fmt: skip
-    """Greedy continuations of the config's prompts, for the report."""
+    """Greedy continuations of the config's prompts, for the report.
+
+    With several processes, the first one generates with a copy of all weights on one device; a
+    model that is too large for that writes none, and the log says so.
+    """
     samples = run.config.samples
     if not samples.prompts:
         return
+    if jax.process_count() > 1:
+        size = model.parameter_count() * jnp.dtype(model.dtype).itemsize
+        if size > _GATHERED_SAMPLE_BYTES:
+            progress.say(f"no samples: {size / 1e9:.1f} GB of weights on a device are too many")
+            return
+        copies = _gather(model, jax.tree.leaves(params)[0].sharding.mesh)(params)
+        if not is_first():
+            return
+        params = jax.tree.map(lambda x: x.addressable_data(0), copies)
     prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in samples.prompts]
     generated = generate(
         model,

@@ -4,10 +4,14 @@ One checkpoint holds two trees, `params` and `optimizer`, and JSON metadata: the
 tokenizer's fingerprint, the position in the timeline, the run's config, and a checksum of every
 array. A model directory (converted weights) is the same without `optimizer`. All use of orbax
 is in this file.
+
+Arrays are saved in their canonical shapes, so any mesh of any number of processes restores them.
+All processes of a run save and restore together, each its own shards, in a directory that all see.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import Params, abstract_params
+from llama3_jax.parallel import processes
 
 CHECKPOINTS = "checkpoints"
 
@@ -77,6 +82,7 @@ class Checkpoints:
         self._keep = policies.AnyPreservationPolicy(keep)
         self._manager: ocp.training.Checkpointer | None = None
         self._pending: Any = None
+        self._present = set(self.steps())
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._manager is None:
@@ -86,8 +92,8 @@ class Checkpoints:
         return self._manager
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return _steps(self.directory)
+        """Steps of the complete checkpoints, ascending; the same on all processes."""
+        return processes.of_first(_steps(self.directory))
 
     def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
         """Starts a save and returns; waits for the one before it, and raises its error if any.
@@ -95,8 +101,10 @@ class Checkpoints:
         A step that has been saved already is not saved again.
         """
         self.wait()
-        if step in self.steps():
+        # Not looked up on the disk: one process may see there what another does not see yet.
+        if step in self._present:
             return
+        self._present.add(step)
         trees = {"params": params, "optimizer": optimizer}
         metadata = metadata | {"checksums": checksums(trees)}
         self._pending = self._open().save_checkpointables_async(
@@ -140,7 +148,12 @@ class Checkpoints:
         target.mkdir(exist_ok=True)
         number = sum(1 for path in target.iterdir() if path.name.split("-")[0] == str(step))
         target /= f"{step}-{number}"
-        shutil.move(self.directory / str(step), target)
+        # Nobody reads it any more, and nobody looks for its successor before it is moved.
+        processes.all_agree(True)
+        if processes.is_first():
+            shutil.move(self.directory / str(step), target)
+        processes.all_agree(True)
+        self._present.discard(step)
         return target
 
 
@@ -150,20 +163,30 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
+    metadata, damage = None, "metadata lack the checksums"
     try:
         metadata = ocp.checkpointables_metadata(path).custom_metadata
     except Exception as error:  # orbax raises many kinds for damaged files
-        raise DamagedCheckpoint(f"metadata cannot be read ({_brief(error)})") from None
-    if not metadata or "checksums" not in metadata:
-        raise DamagedCheckpoint("metadata lacks the checksums")
+        damage = f"metadata cannot be read ({_brief(error)})"
+    if not processes.all_agree(bool(metadata) and "checksums" in metadata):
+        raise DamagedCheckpoint(damage)
     return metadata
 
 
 def _load(path: Path, abstract: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    # Each process loads as if it were alone: what is damaged may be the shard of one only, and
+    # orbax would let the others wait for it.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    trees, damage = {}, "another process found its part damaged"
     try:
-        trees = ocp.load_checkpointables(path, abstract)
+        with ocp.Context(multiprocessing_options=alone):
+            trees = ocp.load_checkpointables(path, abstract)
     except Exception as error:  # tensorstore, zstd and JSON errors have no common base
-        raise DamagedCheckpoint(_brief(error)) from None
+        damage = _brief(error)
+    if not processes.all_agree(bool(trees)):
+        raise DamagedCheckpoint(damage)
     for key, value in checksums(trees).items():
         if metadata["checksums"].get(key) != value:
             raise DamagedCheckpoint(f"array {key} differs from what was saved")
@@ -175,11 +198,14 @@ def _brief(error: Exception) -> str:
 
 
 def restore_newest(
-    checkpoints: Checkpoints, abstract_params: Params, abstract_optimizer: Any, check: Any
+    checkpoints: Checkpoints,
+    abstract: Callable[[int], tuple[Params, Any]],
+    check: Callable[[dict[str, Any]], None],
 ) -> Restored | None:
     """The newest valid checkpoint, or None if there is none at all.
 
-    Damaged ones are named in the log, moved to `damaged_checkpoints` and passed over.
+    `abstract(step)` gives shapes and shardings of parameters and optimizer state after `step`
+    steps. Damaged checkpoints are named in the log, moved to `damaged_checkpoints` and passed over.
     `check(metadata)` may raise UserError for a checkpoint that is whole but of another run.
 
     Raises:
@@ -189,7 +215,7 @@ def restore_newest(
     for step in reversed(steps):
         try:
             check(checkpoints.metadata(step))
-            return checkpoints.restore(step, abstract_params, abstract_optimizer)
+            return checkpoints.restore(step, *abstract(step))
         except DamagedCheckpoint as error:
             place = checkpoints.set_aside(step)
             logging.warning("checkpoint of step %d is damaged (%s): moved to %s, passed over",

@@ -52,6 +52,19 @@ class MetricsWriter:
         self._board.close()
 
 
+class NoMetrics:
+    """Stands for a MetricsWriter on the processes that do not write."""
+
+    def write(self, kind: str, step: int, tokens: int, values: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """All records of a run; a last line that a crash cut off is left out."""
     records = []

@@ -9,11 +9,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class RunProgress:
-    """Shows stage, loss, tokens, tokens/s, MFU and the time left."""
+    """Shows stage, loss, tokens, tokens/s, MFU and the time left; nothing where `quiet`."""
 
-    def __init__(self, total_tokens: int, tokens: int, log_every: int):
+    def __init__(self, total_tokens: int, tokens: int, log_every: int, quiet: bool = False):
         self._total, self._log_every = total_tokens, log_every
-        self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._console = Console(file=sys.stdout, soft_wrap=True, quiet=quiet)
         self._live = self._console.is_terminal
         self._begun, self._first_tokens = time.monotonic(), tokens
         self._progress = Progress(

@@ -22,3 +22,15 @@ def test_each_held_out_token_is_there_once_in_order(corpora, limit):
     np.testing.assert_array_equal(targets[real > 0][inside], following[inside])
     if limit > len(whole):
         assert mask.sum() == len(whole) - len(corpus)
+
+
+def test_hosts_share_each_batch(corpora):
+    corpus = Corpus(corpora / "a" / "validation")
+    whole = list(validation_batches(corpus, length=32, rows=4, tokens=777))
+    parts = [
+        list(validation_batches(corpus, length=32, rows=4, tokens=777, host=host, hosts=2))
+        for host in (0, 1)
+    ]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for key, rows in batch.items():
+            np.testing.assert_array_equal(rows, np.concatenate([share[key] for share in shares]))

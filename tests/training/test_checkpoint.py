@@ -11,10 +11,16 @@ from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.training import checkpoint
 from llama3_jax.training.checkpoint import Checkpoints, load_model, restore_newest, save_model
 from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.step import abstract_state, init_state
+from llama3_jax.training.step import (
+    TrainState,
+    abstract_canonical,
+    from_canonical,
+    init_state,
+    to_canonical,
+)
 
 MODEL = ModelConfig(
-    vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
+    vocab_size=64, dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
 )
 OPTIMIZER = OptimizerConfig()
 MESH = MeshConfig(data=8)
@@ -37,9 +43,9 @@ def saved(tmp_path) -> Path:
 
 
 def restore(workdir: Path, mesh: MeshConfig = MESH):
-    abstract = abstract_state(MODEL, OPTIMIZER, make_mesh(mesh))
+    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(mesh))
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=3, keep_every=None)
-    restored = restore_newest(checkpoints, abstract.params, abstract.optimizer, lambda _: None)
+    restored = restore_newest(checkpoints, lambda _: abstract, lambda _: None)
     checkpoints.close()
     return restored
 
@@ -53,13 +59,40 @@ def assert_state(restored, seed: int):
     )
 
 
-@pytest.mark.parametrize("mesh", [MESH, MeshConfig(data=4, tensor=2)], ids=str)
+MESHES = {
+    "data": MESH,
+    "data-tensor": MeshConfig(data=4, tensor=2),
+    "context-tensor": MeshConfig(data=2, context=2, tensor=2),
+    "uneven-pipe": MeshConfig(pipe=4, tensor=2),
+    "interleaved": MeshConfig(
+        data=2, pipe=2, context=2, schedule="interleaved", virtual_stages=2, fsdp="kept"
+    ),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
 def test_the_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, mesh):
     restored = restore(saved, mesh)
     assert restored.step == 3 and restored.metadata["step"] == 3
     assert_state(restored, 3)
     leaves = jax.tree.leaves(restored.params)
     assert all(x.sharding.mesh.shape["data"] == mesh.data for x in leaves)
+
+
+@pytest.mark.parametrize("name", ["uneven-pipe", "interleaved"])
+def test_a_state_laid_out_for_a_mesh_is_saved_as_if_there_were_none(tmp_path, name):
+    """Layers spread over pipeline stages, some of them empty, come back in the network's order."""
+    layout = make_mesh(MESHES[name])
+    state = to_canonical(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1, keep_every=None)
+    checkpoints.save(1, state.params, state.optimizer, {"step": 1})
+    checkpoints.close()
+    restored = restore(tmp_path)
+    assert_state(restored, 1)
+    canonical = TrainState(restored.params, restored.optimizer)
+    placed = from_canonical(canonical, MODEL, OPTIMIZER, layout)
+    again = to_canonical(placed, MODEL, layout)
+    assert checkpoint.checksums(again) == checkpoint.checksums(canonical)
 
 
 def largest(folder: Path) -> Path:

@@ -1,0 +1,159 @@
+"""A run of several processes ends on all of them when one is lost, and says which.
+
+A collective in which one process is missing may wait for ever, so somebody else must notice.
+Threads of each process show signs of life in the key-value store that process 0 keeps for JAX, and
+read there whether the run is over. JAX's own heartbeat aborts, too, but names a number at most,
+and does not see a process that stops by an error of its own.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+from jax._src import distributed  # the store has no public name
+
+from llama3_jax.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from llama3_jax.errors import UserError
+
+EXIT_LOST = 3
+_ALIVE, _NAME, _SEEN, _VERDICT = (f"llama3_jax/{key}" for key in ("alive", "name", "seen", "end"))
+# For so long must process 0 be out of reach to count as lost, where the connection is refused.
+# With `_beat`'s interval it is less than the delay of `_delay_aborts`.
+_REFUSED_SECONDS = 2.0
+# What collectives and JAX's client say when a peer is gone, on CPUs and GPUs.
+_LOST_PEER = re.compile("gloo|nccl|connection|unavailable|deadline|barrier|coordination", re.I)
+
+
+class Watch:
+    """Shows that this process lives, and ends it when another one does not.
+
+    Within `timeout` and some ten seconds after a process was killed, froze or lost its network, and
+    within some five seconds after it failed with an error, every other one exits with a code that
+    is not zero; its last line on standard error names the one.
+    """
+
+    def __init__(self, timeout: float):
+        state = distributed.global_state
+        self._store, self._process, self._processes = (
+            state.client, state.process_id, state.num_processes
+        )  # fmt: skip
+        self._timeout, self._interval = timeout, min(2.0, timeout / 10)
+        self._done, self._ending = threading.Event(), threading.Lock()
+        me = f"process {self._process} ({socket.gethostname()}, pid {os.getpid()})"
+        self._store.key_value_set(f"{_NAME}/{self._process}", me)
+        self._first = self._store.blocking_key_value_get(f"{_NAME}/0", int(timeout * 1000))
+        self._heard, self._refused = time.monotonic(), False
+        _delay_aborts()
+        for work in (self._beat, self._judge):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    def finish(self) -> None:
+        """Waits until all processes have come here, and watches no longer."""
+        # Waiting is right as long as all live: one that does not is noticed meanwhile.
+        self._store.wait_at_barrier("llama3_jax/finish", 7 * 24 * 3600 * 1000)
+        self._done.set()
+
+    def leave(self, error: BaseException) -> NoReturn:
+        """Ends this process by its own error, and thereby the others."""
+        if not isinstance(error, UserError) and _LOST_PEER.search(str(error)):
+            # Most likely a collective that lost a peer: the verdict on that one ends this process.
+            time.sleep(self._timeout + 4 * self._interval)
+        self._ending.acquire()  # for ever, where a verdict is ending this process already
+        code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if isinstance(error, UserError):
+            code, message = EXIT_USER_ERROR, " ".join(str(error).split())
+        elif isinstance(error, KeyboardInterrupt):
+            code, message = EXIT_INTERRUPTED, "interrupted"
+        else:
+            traceback.print_exception(error)
+        _say(message if self._process == 0 else f"process {self._process}: {message}")
+        self._announce(f"process {self._process} stopped: {message}")
+        self._exit(code)
+
+    def _beat(self) -> None:
+        """Shows a sign of life and reads those of others, until the run is over."""
+        beats, lives = 0, {}
+        while not self._done.wait(self._interval if not self._refused else 0.2):
+            beats += 1
+            try:
+                self._store.key_value_set(f"{_ALIVE}/{self._process}", str(beats), True)
+                if self._process == 0:
+                    self._find_lost(lives)
+                verdict = self._store.key_value_dir_get(_VERDICT)
+            except Exception:  # jaxlib's errors have no narrower class
+                self._refused = True
+                continue
+            self._heard, self._refused = time.monotonic(), False
+            if verdict:
+                self._end(verdict[0][1])
+
+    def _find_lost(self, lives: dict[str, tuple[str, float]]) -> None:
+        now, beats = time.monotonic(), dict(self._store.key_value_dir_get(_ALIVE))
+        for process in map(str, range(1, self._processes)):
+            beat = beats.get(f"{_ALIVE}/{process}", "")
+            if process not in lives or lives[process][0] != beat:
+                lives[process] = (beat, now)
+            elif now - lives[process][1] > self._timeout:
+                names = dict(self._store.key_value_dir_get(_NAME))
+                name = names.get(f"{_NAME}/{process}", f"process {process}")
+                self._announce(f"{name} is lost: no sign of life for {self._timeout:g} s")
+
+    def _judge(self) -> None:
+        """Looks whether process 0, which keeps the store, still answers."""
+        while not self._done.wait(0.2):
+            limit = _REFUSED_SECONDS if self._refused else self._timeout
+            if time.monotonic() - self._heard > limit + self._interval:
+                self._end(f"{self._first} is lost: it does not answer", store_answers=False)
+
+    def _announce(self, verdict: str) -> None:
+        # It fails where there is a verdict, or no process 0: then _judge finds so.
+        with contextlib.suppress(Exception):
+            self._store.key_value_set(f"{_VERDICT}/0", verdict)
+
+    def _end(self, verdict: str, store_answers: bool = True) -> None:
+        if self._ending.acquire(blocking=False) and not self._done.is_set():
+            _say(f"{verdict}; the same command goes on from the newest checkpoint")
+            self._exit(EXIT_LOST, store_answers)
+
+    def _exit(self, code: int, store_answers: bool = True) -> NoReturn:
+        for child in multiprocessing.active_children():
+            child.kill()
+        if store_answers:
+            self._await_others()
+        # Not sys.exit: JAX would wait at its exit for those who will not come.
+        os._exit(code)
+
+    def _await_others(self) -> None:
+        """With process 0 goes the store: it waits until the others have read there why."""
+        with contextlib.suppress(Exception):
+            self._store.key_value_set(f"{_SEEN}/{self._process}", "")
+            end = time.monotonic() + 3 * self._interval + 1
+            while self._process == 0 and time.monotonic() < end:
+                if len(self._store.key_value_dir_get(_SEEN)) == self._processes:
+                    break
+                time.sleep(0.1)
+
+
+def _say(message: str) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _delay_aborts() -> None:
+    """Makes abort() wait six seconds, so that `_judge` may say why.
+
+    When process 0 is gone, JAX's client aborts at once, and nothing in Python runs after that. The
+    handler is the C library's sleep() itself, called with the signal's number: 6.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), None
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
