@@ -1,7 +1,7 @@
 """Executes a pipeline schedule as one SPMD program, inside the step's `shard_map`.
 
-A `lax.scan` over ticks; in a tick each rank may run one forward and one backward, each under
-`lax.cond`, so that an idle slot costs nothing; two ring exchanges end the tick. What arrives too
+A `lax.scan` over ticks; in a tick each rank may run one forward and one backward, or skip it, so
+that an idle slot costs nothing; two ring exchanges end the tick. What arrives too
 early and what waits for its backward lies in buffers, whose slots are laid out beforehand from the
 schedule: they are as large as the schedule's in-flight activations and no larger.
 """
@@ -148,7 +148,7 @@ def run_schedule(
         """A place of the stack that holds no layer is skipped."""
         if stages.even:
             return function(*operands)
-        return lax.cond(layer < counts[v], function, lambda *o: o, *operands)
+        return _when(layer < counts[v], function, *operands)
 
     def forward(carry, row):
         shared = parts.inputs(row["forward_m"])
@@ -171,23 +171,22 @@ def run_schedule(
         (x, kept), _ = lax.scan(layer, (x, carry["kept"]), jnp.arange(most))
         carry = carry | {"kept": kept}
         if training:
-            finals = lax.cond(
-                last_chunk, lambda b: _write(b, row["final"], x), lambda b: b, carry["finals"]
-            )
-            return carry | {"finals": finals}, x
-        loss, sums = lax.cond(
-            last_chunk,
-            lambda: parts.last({k: ends[k] for k in parts.last_keys}, x, shared),
-            lambda: loss_sums,
-        )
-        return carry | {"loss": _add((loss, sums), carry["loss"])}, x
+            (finals,) = _when(last_chunk, lambda b: (_write(b, row["final"], x),), carry["finals"])
+            return carry | {"finals": finals, "sent": x}
+
+        def head(loss):
+            own = {k: ends[k] for k in parts.last_keys}
+            return (_add(parts.last(own, x, shared), loss),)
+
+        (loss,) = _when(last_chunk, head, carry["loss"])
+        return carry | {"loss": loss, "sent": x}
 
     def backward(carry, row):
         shared = parts.inputs(row["backward_m"])
         v = row["backward_v"]
         first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
 
-        def from_head(end_gradients, loss):
+        def from_head(_, end_gradients, loss):
             own = {k: ends[k] for k in parts.last_keys}
             x = _read(carry["finals"], row["final_take"])
             value, vjp, sums = jax.vjp(
@@ -196,11 +195,9 @@ def run_schedule(
             gradients, dx = vjp(jnp.ones_like(value))
             return dx, _add_keys(end_gradients, gradients), _add((value, sums), loss)
 
-        def from_next(end_gradients, loss):
-            return _read(carry["arrived_back"], row["take_back"]), end_gradients, loss
-
-        dx, end_gradients, loss = lax.cond(
-            last_chunk, from_head, from_next, carry["end_gradients"], carry["loss"]
+        dx = _read(carry["arrived_back"], row["take_back"])
+        dx, end_gradients, loss = _when(
+            last_chunk, from_head, dx, carry["end_gradients"], carry["loss"]
         )
 
         def layer(state, number):
@@ -221,13 +218,13 @@ def run_schedule(
         def to_embedding(end_gradients):
             own = {k: ends[k] for k in parts.first_keys}
             _, vjp = jax.vjp(lambda own: parts.first(own, shared), own)
-            return _add_keys(end_gradients, vjp(dx)[0])
+            return (_add_keys(end_gradients, vjp(dx)[0]),)
 
-        end_gradients = lax.cond(first_chunk, to_embedding, lambda g: g, end_gradients)
-        carry = carry | {
-            "block_gradients": block_gradients, "end_gradients": end_gradients, "loss": loss
+        (end_gradients,) = _when(first_chunk, to_embedding, end_gradients)
+        return carry | {
+            "block_gradients": block_gradients, "end_gradients": end_gradients, "loss": loss,
+            "sent_back": dx,
         }  # fmt: skip
-        return carry, dx
 
     def tick(carry, row):
         row = {name: values[rank] for name, values in row.items()}
@@ -237,13 +234,12 @@ def run_schedule(
                 carry["arrived_back"], row["arrive_back"], carry["sent_back"]
             ),
         }
-        idle = lambda carry, row: (carry, x_zero)  # noqa: E731
-        carry, x = lax.cond(row["forward_m"] != IDLE, forward, idle, carry, row)
-        sent = lax.ppermute(x, "pipe", [(r, (r + 1) % P) for r in range(P)])
+        (carry,) = _when(row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry)
+        sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
         carry = carry | {"sent": sent, "ticks": carry["ticks"] + 1}
         if training:
-            carry, dx = lax.cond(row["backward_m"] != IDLE, backward, idle, carry, row)
-            back = lax.ppermute(dx, "pipe", [(r, (r - 1) % P) for r in range(P)])
+            (carry,) = _when(row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry)
+            back = lax.ppermute(carry["sent_back"], "pipe", [(r, (r - 1) % P) for r in range(P)])
             carry = carry | {"sent_back": back}
         return carry, None
 
@@ -267,6 +263,19 @@ def run_schedule(
     carry, _ = lax.scan(tick, carry, {k: jnp.asarray(v) for k, v in plan.table.items()})
     loss, sums = carry["loss"]
     return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])
+
+
+def _when(condition: Array, function: Callable, *state: Any) -> Any:
+    """`function(*state)` where the condition holds on this rank, else `state`.
+
+    A loop of one turn or none, which works in place: XLA copies what passes through a conditional,
+    and here that is every gradient accumulator, in every tick.
+    """
+    return lax.while_loop(
+        lambda loop: loop[0],
+        lambda loop: (jnp.array(False), function(*loop[1])),
+        (condition, state),
+    )[1]
 
 
 def _apply_layer(split, parts, weights, x, shared) -> tuple[Array, list[Array]]:
