@@ -31,7 +31,10 @@ class ModelConfig(Config):
 
     `dtype` is that of matrix products and activations; parameters, norms, softmax and loss are
     float32 whatever it is. `layer_unroll` layers are unrolled in each iteration of the scan over
-    layers: 1 compiles quickest, all of them runs quickest on CPU.
+    layers: 1 compiles quickest, all of them runs quickest on CPU. `remat` is what the backward pass
+    computes again: nothing; all of a layer; all but attention's result; all but the results of
+    products (what is gathered over ranks is gathered again); or as `save_attention`, kept in the
+    host's memory.
     """
 
     vocab_size: pydantic.PositiveInt = 128_256
@@ -47,7 +50,7 @@ class ModelConfig(Config):
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Implementation = "reference"
-    remat: Literal["none", "full", "save_attention", "offload"] = "none"
+    remat: Literal["none", "full", "save_attention", "save_products", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
 
     @pydantic.model_validator(mode="after")

@@ -81,10 +81,13 @@ class Attention(nnx.Module):
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x_BSM = ranks.gather_sequence(x_BsM)
-        q_BSHD = apply_rope(_to_heads(x_BSM, self.query[...]), context.rope)
         key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
-        k_BTKD = ranks.gather_keys(apply_rope(_to_heads(x_BSM, key), context.rope))
-        v_BTKD = ranks.gather_keys(_to_heads(x_BSM, value))
+        q_BSHD, k_BSKD, v_BSKD = (
+            checkpoint_name(_to_heads(x_BSM, w), "product") for w in (self.query[...], key, value)
+        )
+        q_BSHD = apply_rope(q_BSHD, context.rope)
+        k_BTKD = ranks.gather_keys(apply_rope(k_BSKD, context.rope))
+        v_BTKD = ranks.gather_keys(v_BSKD)
         implementation = self.implementation
         if cache is not None:
             rows, slots = jnp.arange(x_BSM.shape[0])[:, None], context.queries.positions
@@ -121,7 +124,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
         x_BSM = ranks.gather_sequence(x_BsM)
-        gate_BSF, up_BSF = linear(x_BSM, self.gate[...]), linear(x_BSM, self.up[...])
+        gate_BSF, up_BSF = (
+            checkpoint_name(linear(x_BSM, w[...]), "product") for w in (self.gate, self.up)
+        )
         return ranks.scatter_sequence(linear(_swiglu(gate_BSF, up_BSF), self.down[...]))
 
 
@@ -162,5 +167,5 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x = checkpoint_name(x, "block_input")
         attended, cache = self.attention(self.attention_norm(x), context, cache, ranks)
-        x = x + attended
+        x = checkpoint_name(x + attended, "product")
         return x + self.ffn(self.ffn_norm(x), ranks), cache

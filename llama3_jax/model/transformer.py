@@ -26,6 +26,7 @@ Params = dict[str, Any]
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "save_products": jax.checkpoint_policies.save_only_these_names("attention_out", "product"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input", "attention_out"],

@@ -100,7 +100,7 @@ def test_remat_and_unrolling_change_nothing():
         return jax.jit(jax.grad(lambda p: document_loss(config, p, *batch(config))[0]))(params)
 
     expected = gradients()
-    variants = [{"remat": name} for name in ("full", "save_attention", "offload")]
+    variants = [{"remat": name} for name in ("full", "save_attention", "save_products", "offload")]
     variants += [{"layer_unroll": 2}, {"layer_unroll": 3}, {"attention": "chunked"}]
     for update in variants:
         for ours, reference in zip(
@@ -117,8 +117,9 @@ def saved_bytes(**update) -> int:
 
 
 def test_remat_keeps_less_for_the_backward_pass():
-    none, attention, full = (saved_bytes(remat=r) for r in ("none", "save_attention", "full"))
-    assert full < attention < none
+    names = ("full", "save_attention", "save_products", "none")
+    full, attention, products, none = (saved_bytes(remat=name) for name in names)
+    assert full < attention < products < none
 
 
 def test_tied_head_shares_the_embedding():

@@ -99,7 +99,7 @@ def test_training_step_equals_the_serial_model(shape, options):
 
 VARIANTS = {
     "remat": ((2, 2, 2, 1), dict(virtual_stages=2), dict(remat="full")),
-    "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_attention")),
+    "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_products")),
     "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
     "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
     "tied-head-kept": ((4, 1, 1, 2), dict(fsdp="kept"), dict(tied_head=True, layer_unroll=6)),
@@ -118,7 +118,7 @@ def test_remat_attention_and_tied_head_change_nothing(shape, options, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention", "save_products"])
 @pytest.mark.parametrize("fsdp", ["zero3", "kept"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
