@@ -20,6 +20,8 @@ from llama3_jax.parallel.residuals import SplitLayer
 from llama3_jax.parallel.schedule import IDLE, Schedule
 from llama3_jax.parallel.stages import Stages
 
+SCOPE = "pipeline."  # before the name of what a rank may skip
+
 
 class Parts(NamedTuple):
     """The network's pieces as functions of one rank's arrays.
@@ -148,17 +150,17 @@ def run_schedule(
         """A place of the stack that holds no layer is skipped."""
         if stages.even:
             return function(*operands)
-        return _when(layer < counts[v], function, *operands)
+        return _when("layer", layer < counts[v], function, *operands)
 
     def forward(carry, row):
         shared = parts.inputs(row["forward_m"])
         v = row["forward_v"]
         first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
-        x = lax.cond(
-            first_chunk,
-            lambda: parts.first({k: ends[k] for k in parts.first_keys}, shared),
-            lambda: _read(carry["arrived"], row["take"]),
-        )
+
+        def embedding(_):
+            return (parts.first({k: ends[k] for k in parts.first_keys}, shared),)
+
+        (x,) = _when("embedding", first_chunk, embedding, _read(carry["arrived"], row["take"]))
 
         def layer(state, number):
             def apply(x, kept):
@@ -171,14 +173,16 @@ def run_schedule(
         (x, kept), _ = lax.scan(layer, (x, carry["kept"]), jnp.arange(most))
         carry = carry | {"kept": kept}
         if training:
-            (finals,) = _when(last_chunk, lambda b: (_write(b, row["final"], x),), carry["finals"])
+            (finals,) = _when(
+                "head", last_chunk, lambda b: (_write(b, row["final"], x),), carry["finals"]
+            )
             return carry | {"finals": finals, "sent": x}
 
         def head(loss):
             own = {k: ends[k] for k in parts.last_keys}
             return (_add(parts.last(own, x, shared), loss),)
 
-        (loss,) = _when(last_chunk, head, carry["loss"])
+        (loss,) = _when("head", last_chunk, head, carry["loss"])
         return carry | {"loss": loss, "sent": x}
 
     def backward(carry, row):
@@ -197,7 +201,7 @@ def run_schedule(
 
         dx = _read(carry["arrived_back"], row["take_back"])
         dx, end_gradients, loss = _when(
-            last_chunk, from_head, dx, carry["end_gradients"], carry["loss"]
+            "head", last_chunk, from_head, dx, carry["end_gradients"], carry["loss"]
         )
 
         def layer(state, number):
@@ -220,7 +224,7 @@ def run_schedule(
             _, vjp = jax.vjp(lambda own: parts.first(own, shared), own)
             return (_add_keys(end_gradients, vjp(dx)[0]),)
 
-        (end_gradients,) = _when(first_chunk, to_embedding, end_gradients)
+        (end_gradients,) = _when("embedding", first_chunk, to_embedding, end_gradients)
         return carry | {
             "block_gradients": block_gradients, "end_gradients": end_gradients, "loss": loss,
             "sent_back": dx,
@@ -234,11 +238,13 @@ def run_schedule(
                 carry["arrived_back"], row["arrive_back"], carry["sent_back"]
             ),
         }
-        (carry,) = _when(row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry)
+        (carry,) = _when("forward", row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry)
         sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
         carry = carry | {"sent": sent, "ticks": carry["ticks"] + 1}
         if training:
-            (carry,) = _when(row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry)
+            (carry,) = _when(
+                "backward", row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry
+            )
             back = lax.ppermute(carry["sent_back"], "pipe", [(r, (r - 1) % P) for r in range(P)])
             carry = carry | {"sent_back": back}
         return carry, None
@@ -265,17 +271,19 @@ def run_schedule(
     return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])
 
 
-def _when(condition: Array, function: Callable, *state: Any) -> Any:
+def _when(name: str, condition: Array, function: Callable, *state: Any) -> Any:
     """`function(*state)` where the condition holds on this rank, else `state`.
 
     A loop of one turn or none, which works in place: XLA copies what passes through a conditional,
-    and here that is every gradient accumulator, in every tick.
+    and here that is every gradient accumulator, in every tick. The name stands in the compiled
+    program, where planning/hlo.py reads it.
     """
-    return lax.while_loop(
-        lambda loop: loop[0],
-        lambda loop: (jnp.array(False), function(*loop[1])),
-        (condition, state),
-    )[1]
+    with jax.named_scope(f"{SCOPE}{name}"):
+        return lax.while_loop(
+            lambda loop: loop[0],
+            lambda loop: (jnp.array(False), function(*loop[1])),
+            (condition, state),
+        )[1]
 
 
 def _apply_layer(split, parts, weights, x, shared) -> tuple[Array, list[Array]]:

@@ -1,0 +1,250 @@
+"""The collectives of a compiled step: what, over which axes, how much, how often, over which link.
+
+Read from the text of XLA's optimised program. A loop's body counts as often as the loop turns:
+XLA writes down the turns of a scan; those of what a pipeline rank may skip follow from the schedule.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from llama3_jax.errors import UserError
+from llama3_jax.parallel.mesh import AXES, MeshConfig
+from llama3_jax.parallel.pipeline import SCOPE
+from llama3_jax.parallel.schedule import Schedule
+from llama3_jax.planning.case import GPUS_PER_HOST
+
+NVLINK, NETWORK = "NVLink", "network"
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+_BITS = {"pred": 8, "s8": 8, "u8": 8, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32,
+         "s64": 64, "u64": 64, "f64": 64}  # fmt: skip
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SCOPES = re.compile(re.escape(SCOPE) + r"(\w+)")
+_PRODUCT = re.compile(r"__cublas|__triton_gemm|__cudnn\$|^dot$|triton_kernel_call")
+
+
+class Collective(NamedTuple):
+    """One collective of a GPU's step.
+
+    `bytes` are what the GPU receives each time, `turns` how often it runs in a step (the mean over
+    the pipeline's ranks). `dtype` and `shape` are those of its (first) result. `hidden` tells
+    whether products are scheduled between its start and its end. `where` is its place in the
+    traced program.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    link: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: float
+    turns: float
+    hidden: bool
+    where: str
+
+    @property
+    def total(self) -> float:
+        """Bytes in a step."""
+        return self.bytes * self.turns
+
+
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+    @property
+    def where(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+def collectives(hlo: str, mesh: MeshConfig, schedule: Schedule | None) -> list[Collective]:
+    """All collectives of the program's entry and of what it calls.
+
+    Raises:
+      UserError: the text has a collective of a form that is not known here.
+    """
+    computations = _parse(hlo)
+    turns = _turns(computations, _entry(hlo), schedule)
+    shape = tuple(getattr(mesh, axis) for axis in AXES)
+    found = []
+    for name, instructions in computations.items():
+        if not turns.get(name):
+            continue
+        for at, instruction in enumerate(instructions):
+            kind = next((k for k in KINDS if instruction.opcode in (k, f"{k}-start")), None)
+            if kind is None:
+                continue
+            group = _first_group(instruction)
+            axes = _axes(group, shape)
+            if not axes:
+                continue
+            dtype, dims = _shapes(instruction.type)[-1]
+            inside = len({device // GPUS_PER_HOST for device in group}) == 1
+            found.append(
+                Collective(
+                    kind, axes, NVLINK if inside else NETWORK, dtype, dims,
+                    _received(kind, instruction, len(group)), turns[name],
+                    _hidden(instructions, at), instruction.where,
+                )
+            )  # fmt: skip
+    return found
+
+
+def totals(found: list[Collective]) -> dict[tuple[str, tuple[str, ...], str], float]:
+    """Bytes a GPU receives in a step, by kind, axes and link."""
+    sums: dict = defaultdict(float)
+    for collective in found:
+        sums[collective.kind, collective.axes, collective.link] += collective.total
+    return dict(sums)
+
+
+# ------------------------------------------------------------------ the text
+
+
+def _parse(hlo: str) -> dict[str, list[_Instruction]]:
+    """Instructions by computation, in the order in which they are scheduled."""
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    for line in hlo.splitlines():
+        if not line.startswith(" "):
+            if started := _COMPUTATION.match(line):
+                current = computations.setdefault(started[1], [])
+        elif matched := _INSTRUCTION.match(line):
+            current.append(_Instruction(*matched.groups()))
+    return computations
+
+
+def _entry(hlo: str) -> str:
+    return re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)[1]
+
+
+def _turns(computations, entry: str, schedule: Schedule | None) -> dict[str, float]:
+    """How often each computation runs in a step."""
+    turns: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, times: float, inside: tuple[str, ...]) -> None:
+        turns[name] += times
+        for instruction in computations[name]:
+            called = _CALLED.findall(instruction.rest)
+            if branches := _BRANCHES.search(instruction.rest):
+                called += [b.strip().lstrip("%") for b in branches[1].split(",")]
+            if not called or instruction.opcode in ("fusion", "all-reduce", "reduce-scatter"):
+                continue
+            each, scopes = times, inside
+            if instruction.opcode == "while":
+                if known := _TURNS.search(instruction.rest):
+                    each *= int(known[1])
+                else:
+                    names = _SCOPES.findall(instruction.where)
+                    if not names or schedule is None:
+                        raise UserError(f"a loop of unknown turns: {instruction.where}")
+                    each *= _share(names[-1], schedule)
+            for target in called:
+                if target in computations:
+                    visit(target, each, scopes)
+
+    visit(entry, 1.0, ())
+    return turns
+
+
+def _share(name: str, schedule: Schedule) -> float:
+    """How often, of its chances, a rank runs what is named, by the mean over ranks."""
+    chunks = schedule.stages * schedule.virtual
+    if name in ("forward", "backward"):
+        return schedule.micro_batches * schedule.virtual / schedule.ticks
+    return 1.0 if name == "layer" else 1 / chunks  # embedding, head and what goes to it
+
+
+def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", text)
+        if dtype in _BITS
+    ]
+
+
+def _received(kind: str, instruction: _Instruction, ranks: int) -> float:
+    sizes = [math.prod(dims) * _BITS[dtype] / 8 for dtype, dims in _shapes(instruction.type)]
+    total, started = sum(sizes), instruction.opcode.endswith("-start")
+    if kind == "all-gather":  # the type of a start holds operands and results
+        return total * (ranks - 1) / (ranks + 1 if started else ranks)
+    if kind == "reduce-scatter":
+        return total * (ranks - 1) / (1 + 1 / ranks if started else 1) / (ranks if started else 1)
+    if kind == "all-reduce":
+        return 2 * total * (ranks - 1) / ranks
+    if kind == "collective-permute":
+        return sizes[0]
+    return total * (ranks - 1) / ranks
+
+
+def _first_group(instruction: _Instruction) -> list[int]:
+    text = instruction.rest
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return [int(pairs[1]), int(pairs[2])]
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return [int(n) for n in listed[1].split(",")]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        shape, reshape, order = (
+            [int(n) for n in part.split(",")] if part else None for part in iota.groups()
+        )
+        devices = np.arange(math.prod(reshape)).reshape(reshape)
+        return (devices.transpose(order) if order else devices).reshape(shape)[0].tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        chosen = set(re.findall(r"'(\w+)'", named[2]))
+        devices = np.arange(math.prod(map(int, sizes.values()))).reshape(
+            [*map(int, sizes.values())]
+        )
+        index = tuple(slice(None) if axis in chosen else 0 for axis in sizes)
+        return devices[index].reshape(-1).tolist()
+    raise UserError(f"replica groups of an unknown form: {text[:200]}")
+
+
+def _axes(group: list[int], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes along which the group's ranks differ."""
+    places = np.array(np.unravel_index(group, shape))
+    return tuple(axis for axis, row in zip(AXES, places, strict=True) if len(set(row.tolist())) > 1)
+
+
+def _hidden(instructions: list[_Instruction], at: int) -> bool:
+    start = instructions[at]
+    if not start.opcode.endswith("-start"):
+        return False
+    reference = re.compile(rf"%?{re.escape(start.name)}\b")
+    for later in instructions[at + 1 :]:
+        if later.opcode.endswith("-done") and reference.search(later.rest.split(")")[0]):
+            return False
+        if _is_product(later):
+            return True
+    return False
+
+
+def _is_product(instruction: _Instruction) -> bool:
+    return bool(
+        _PRODUCT.search(instruction.opcode)
+        or (instruction.opcode in ("custom-call", "fusion") and _PRODUCT.search(instruction.rest))
+        or instruction.opcode == "while"
+    )
+
+
+def by_axes(found: list[Collective]) -> Iterator[tuple[str, tuple[str, ...], list[Collective]]]:
+    """Collectives grouped by kind and axes."""
+    groups: dict = defaultdict(list)
+    for collective in found:
+        groups[collective.kind, collective.axes].append(collective)
+    for (kind, axes), members in sorted(groups.items()):
+        yield kind, axes, members
