@@ -29,7 +29,7 @@ _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SCOPES = re.compile(re.escape(SCOPE) + r"(\w+)")
-_PRODUCT = re.compile(r"__cublas|__triton_gemm|__cudnn\$|^dot$|triton_kernel_call")
+_PRODUCT = re.compile(r"__cublas|_gemm|__cudnn\$|triton_kernel_call")
 
 
 class Collective(NamedTuple):
@@ -234,11 +234,9 @@ def _hidden(instructions: list[_Instruction], at: int) -> bool:
 
 
 def _is_product(instruction: _Instruction) -> bool:
-    return bool(
-        _PRODUCT.search(instruction.opcode)
-        or (instruction.opcode in ("custom-call", "fusion") and _PRODUCT.search(instruction.rest))
-        or instruction.opcode == "while"
-    )
+    if instruction.opcode not in ("custom-call", "fusion"):
+        return instruction.opcode == "dot"
+    return bool(_PRODUCT.search(instruction.rest))
 
 
 def by_axes(found: list[Collective]) -> Iterator[tuple[str, tuple[str, ...], list[Collective]]]:

@@ -1,0 +1,144 @@
+"""How long a step takes: a roofline of products, attention, memory passes and links.
+
+Times are seconds of one GPU. Products and attention run at an achieved share of the peak, what lies
+between them at the memory's speed, collectives at the link's; what XLA does not overlap is added up.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from llama3_jax.model.flops import training_flops
+from llama3_jax.parallel.schedule import simulate_times
+from llama3_jax.parallel.stages import make_stages
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.constants import Constants
+from llama3_jax.planning.traffic import (
+    BACKWARD, FORWARD, STEP, TICK, bandwidth, layer_parameters, traffic,
+)  # fmt: skip
+
+
+class Cost(NamedTuple):
+    """Of a step; the parts of `seconds` by what takes them. `bubble` is idle over busy time.
+
+    `flops` are by the three accountings, of the whole batch, without what is computed twice.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    bubble: float
+    flops: dict[str, float]
+    gpus: int
+    tokens: int
+    peak: float
+
+    def flops_per_gpu(self, accounting: str = "causal") -> float:
+        """FLOP/s of each GPU."""
+        return self.flops[accounting] / self.seconds / self.gpus
+
+    def mfu(self, accounting: str = "causal") -> float:
+        return self.flops_per_gpu(accounting) / self.peak
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens / self.seconds * 86_400
+
+
+def predict(case: Case, constants: Constants, document_length: int | None = None) -> Cost:
+    """The step's time. Documents are as long as a row, or `document_length` tokens on average."""
+    model, mesh, micro = case.model, case.mesh, case.micro_batches
+    forward, backward = _layer(case, constants, document_length)
+    layers = model.layers / mesh.pipe
+    head_forward, head_backward = _head(case, constants)
+    parts = {
+        name: micro * layers * (forward[name] + backward[name]) for name in forward
+    }  # fmt: skip
+    parts["head"] = micro * (head_forward + head_backward) / mesh.pipe
+    ends = {
+        "fsdp": sum(
+            t.bytes / bandwidth(t.axes, mesh, constants)
+            for t in traffic(case)
+            if t.phase == STEP
+        ),
+        # Reads and writes parameter and two moments, reads the gradient: float32.
+        "optimizer": 28 * _stored_parameters(case) / constants.memory_bandwidth,
+    }
+    bubble = 0.0
+    if mesh.pipe > 1:
+        stages = np.array(make_stages(model.layers, mesh).counts, float)
+        times = [stages * sum(forward.values()), stages * sum(backward.values())]
+        times[1][-1, -1] += head_forward + head_backward
+        schedule = case.schedule
+        busy = (times[0] + times[1]).sum(1).mean() * micro
+        whole = simulate_times(schedule, *times)
+        bubble = whole / busy - 1
+        parts["bubble"] = whole - busy
+        sent = sum(
+            t.bytes / bandwidth(t.axes, mesh, constants) for t in traffic(case) if t.phase == TICK
+        )
+        parts["pipeline"] = schedule.ticks * sent
+    for name, seconds in ends.items():
+        parts[name] = parts.get(name, 0.0) + seconds
+    pairs = _document_pairs(case, document_length)
+    return Cost(
+        sum(parts.values()), parts, bubble,
+        training_flops(model, case.rows, case.length, pairs), mesh.devices, case.tokens,
+        constants.peak,
+    )  # fmt: skip
+
+
+def _document_pairs(case: Case, document_length: int | None) -> float:
+    """(query, key) pairs that the document mask lets through."""
+    length = min(document_length or case.length, case.length)
+    return case.tokens * (length + 1) / 2
+
+
+def _layer(case: Case, constants: Constants, document_length: int | None):
+    """Seconds by part of one layer's forward and backward for one micro-batch."""
+    model, mesh, tokens = case.model, case.mesh, case.rank_tokens
+    product = 2 * layer_parameters(case) * tokens / (constants.peak * constants.gemm_efficiency)
+    pairs = _document_pairs(case, document_length) / case.rows * case.micro_rows / mesh.context
+    flops = 4 * model.heads // mesh.tensor * model.head_dim * pairs
+    attention = flops / (constants.peak * constants.attention_forward_efficiency)
+    attention_back = 2.5 * flops / (constants.peak * constants.attention_backward_efficiency)
+    passes = _memory_passes(case) / constants.memory_bandwidth
+    again = {"none": 0, "save_products": 0}.get(model.remat, 1)
+    attention_again = 0 if model.remat == "none" else 1
+    forward = {"products": product, "attention": attention, "memory": passes}
+    backward = {
+        "products": (2 + again) * product,
+        "attention": attention_back + attention_again * attention,
+        "memory": (2 + (model.remat != "none")) * passes,
+    }
+    for times, phase in ((forward, FORWARD), (backward, BACKWARD)):
+        for part in ("tensor", "context", "fsdp"):
+            times[part] = 0.0
+        for t in traffic(case):
+            if t.phase == phase:
+                part = t.axes[0] if t.axes in (("tensor",), ("context",)) and not t.hidden else "fsdp"
+                exposed = 1 - constants.overlap if t.hidden else 1
+                times[part] += exposed * t.bytes / bandwidth(t.axes, mesh, constants)
+    return forward, backward
+
+
+def _memory_passes(case: Case) -> float:
+    """Bytes that a layer's forward moves between its products: norms, RoPE, SwiGLU, residuals."""
+    model, tensor, tokens = case.model, case.mesh.tensor, case.rank_tokens
+    residual = 8 * tokens // tensor * model.dim  # two norms and two additions
+    rope = 2 * tokens * (model.heads + 2 * model.kv_heads) // tensor * model.head_dim
+    swiglu = 3 * tokens * model.ffn_dim // tensor
+    return 2 * (residual + rope + swiglu)
+
+
+def _head(case: Case, constants: Constants) -> tuple[float, float]:
+    """Seconds of head and loss for one micro-batch, forward and backward."""
+    model, tokens = case.model, case.rank_tokens
+    vocabulary = model.vocab_size // case.mesh.tensor
+    product = 2 * vocabulary * model.dim * tokens / (constants.peak * constants.gemm_efficiency)
+    logits = 4 * vocabulary * tokens / constants.memory_bandwidth
+    return product + 3 * logits, 2 * product + 3 * logits
+
+
+def _stored_parameters(case: Case) -> float:
+    """Parameters that one GPU keeps and updates."""
+    return case.model.parameter_count() / case.mesh.devices

@@ -1,0 +1,105 @@
+"""What the ranks send, in closed form: the collectives of parallel/ counted by hand.
+
+Tested against those that XLA leaves in the compiled step (planning/hlo.py).
+"""
+
+from typing import NamedTuple
+
+from llama3_jax.parallel.mesh import AXES, FSDP_AXES, MeshConfig
+from llama3_jax.planning.case import GPUS_PER_HOST, Case
+from llama3_jax.planning.constants import Constants
+
+FORWARD, BACKWARD, TICK, STEP = "forward", "backward", "tick", "step"
+
+
+class Traffic(NamedTuple):
+    """Bytes that a GPU receives: in each layer's forward or backward, tick of the pipeline, or step.
+
+    `hidden`: XLA schedules products under it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    phase: str
+    bytes: float
+    hidden: bool
+
+
+def layer_parameters(case: Case) -> int:
+    """Parameters of a layer's products on one tensor rank."""
+    m, tensor = case.model, case.mesh.tensor
+    kv_heads = m.kv_heads if case.mesh.kv_heads == "replicated" else m.kv_heads // tensor
+    attention = m.dim * m.head_dim * (2 * m.heads // tensor + 2 * kv_heads)
+    return attention + 3 * m.dim * m.ffn_dim // tensor
+
+
+def table_parameters(case: Case) -> int:
+    """Parameters of embedding and head on one tensor rank."""
+    m = case.model
+    return m.vocab_size * m.dim * (1 if m.tied_head else 2) // case.mesh.tensor
+
+
+def traffic(case: Case) -> list[Traffic]:
+    """All collectives that matter, of one micro-batch through one layer, or of one step."""
+    model, mesh, tokens = case.model, case.mesh, case.rank_tokens
+    width = 2 if model.dtype == "bfloat16" else 4
+    found = []
+    if mesh.tensor > 1:
+        part = tokens * model.dim * width * (mesh.tensor - 1) / mesh.tensor
+        # What the backward gathers and reduces again (transformer.py, remat policies).
+        again = {"none": (0, 0), "save_products": (2, 0)}.get(model.remat, (2, 1))
+        for phase, gathers, scatters in (
+            (FORWARD, 2, 2), (BACKWARD, 2 + again[0], 2 + again[1])
+        ):  # fmt: skip
+            found.append(Traffic("all-gather", ("tensor",), phase, gathers * part, False))
+            found.append(Traffic("reduce-scatter", ("tensor",), phase, scatters * part, False))
+    if mesh.context > 1:
+        heads = max(model.kv_heads // mesh.tensor, 1)
+        elements = tokens * mesh.context * heads * model.head_dim
+        part = 2 * elements * (mesh.context - 1) / mesh.context  # keys and values
+        gathers = (1, 0 if model.remat == "none" else 1)
+        for phase, count in zip((FORWARD, BACKWARD), gathers, strict=True):
+            found.append(Traffic("all-gather", ("context",), phase, count * part * width, False))
+        # XLA's float32 reductions: the cotangents come from float32 sums.
+        found.append(Traffic("reduce-scatter", ("context",), BACKWARD, part * 4, False))
+    ranks = mesh.data * mesh.context
+    if ranks > 1:
+        axes = tuple(axis for axis in FSDP_AXES if getattr(mesh, axis) > 1)
+        share = (ranks - 1) / ranks
+        layer = layer_parameters(case) * share
+        tables = table_parameters(case) * share
+        if mesh.fsdp == "zero3":
+            found.append(Traffic("all-gather", axes, FORWARD, layer * width, True))
+            found.append(Traffic("all-gather", axes, BACKWARD, layer * width, True))
+            found.append(Traffic("reduce-scatter", axes, BACKWARD, layer * 4, True))
+            micro = case.micro_batches
+            found.append(Traffic("all-gather", axes, STEP, micro * tables * width, False))
+            found.append(Traffic("reduce-scatter", axes, STEP, micro * tables * 4, False))
+        else:
+            whole = layer * model.layers / mesh.pipe + tables
+            found.append(Traffic("all-gather", axes, STEP, whole * width, False))
+            found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, False))
+    if mesh.pipe > 1:
+        sent = tokens // mesh.tensor * model.dim * width
+        found.append(Traffic("collective-permute", ("pipe",), TICK, 2 * sent, False))
+    return found
+
+
+def bandwidth(axes: tuple[str, ...], mesh: MeshConfig, constants: Constants) -> float:
+    """Bytes/s that a GPU receives in a collective over `axes`.
+
+    Where a group spans hosts, its members on one host share their network links' work: each link
+    brings a part of what all need, and NVLink spreads it.
+    """
+    stride, inside = 1, 1
+    for axis in reversed(AXES):
+        size = getattr(mesh, axis)
+        if axis in axes:
+            inside *= max(min(size, GPUS_PER_HOST // stride), 1) if stride <= GPUS_PER_HOST else 1
+        stride *= size
+    members = 1
+    for axis in axes:
+        members *= getattr(mesh, axis)
+    if members <= inside:
+        return constants.nvlink
+    return min(constants.nvlink, constants.network * (1 if axes == ("pipe",) else inside))
