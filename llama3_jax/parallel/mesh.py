@@ -59,6 +59,15 @@ class MeshConfig(Config):
                     f"contiguous={self.contiguous} needs schedule='interleaved', "
                     f"not {self.schedule!r}"
                 )
+        if self.virtual_stages > 1 and self.pipe == 1:
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} needs pipe of 2 or more, not {self.pipe}"
+            )
+        if self.contiguous is not None and self.virtual_stages == 1:
+            raise ValueError(
+                f"contiguous={self.contiguous} needs virtual_stages of 2 or more: with one, a rank "
+                "takes its micro-batches in a row anyway"
+            )
         return self
 
     @property
