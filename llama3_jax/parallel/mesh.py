@@ -71,6 +71,10 @@ class MeshConfig(Config):
         return self
 
     @property
+    def shape(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
     def devices(self) -> int:
         return self.data * self.pipe * self.context * self.tensor
 
@@ -84,7 +88,7 @@ class Layout:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {axis: getattr(self.config, axis) for axis in AXES}
+        return self.config.shape
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -93,10 +97,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    shape = tuple(getattr(config, axis) for axis in AXES)
+    shape = tuple(config.shape.values())
     present = jax.device_count() if devices is None else len(devices)
     if config.devices != present:
-        layout = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, shape, strict=True))
+        layout = " x ".join(f"{axis} {n}" for axis, n in config.shape.items())
         raise UserError(f"mesh {layout} needs {config.devices} devices, {present} are present")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if devices is not None:
