@@ -25,10 +25,10 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import make_mesh
-from llama3_jax.parallel.sharding import check_batch, put_batch
+from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
-from llama3_jax.recipe.prepare import Run, prepare, print_timeline
+from llama3_jax.recipe.prepare import Run, context_balances, prepare, print_timeline
 from llama3_jax.recipe.resume import check_same_run, run_metadata
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
@@ -77,8 +77,6 @@ def train(run: Run, workdir: Path) -> int:
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
-    for stage, layout in zip(timeline.stages, layouts, strict=True):
-        check_batch(stage.batch_rows, stage.length, stage.micro_batches, layout)
     workdir.mkdir(parents=True, exist_ok=True)
     check_space(workdir, abstract[0], config)
 
@@ -119,6 +117,8 @@ def train(run: Run, workdir: Path) -> int:
         f"{model.dtype}, {jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
         f"{jax.process_count()} process(es); MFU against {peak:.3g} FLOP/s ({peak_source})"
     )
+    for line in context_balances(run) if writes else ():
+        progress.say(line)
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)

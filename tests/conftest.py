@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,9 @@ def door_environment(compilation_cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

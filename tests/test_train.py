@@ -232,7 +232,8 @@ class TestBadInput:
             ("--config.mesh.data=3", "rows at a time are not divisible by mesh.data (3)"),
             ("--config.mesh.tensor=2", "mesh data 1 x pipe 1 x context 1 x tensor 2 needs 2 devices, "
              "1 are present"),
-            ("--config.mesh.pipe=2", "config.mesh.pipe: Input should be 1, got 2"),
+            ("--config.mesh.pipe=2", "mesh data 1 x pipe 2 x context 1 x tensor 1 needs 2 devices"),
+            ("--config.mesh.context=3", "length 32 is not divisible by 6: mesh.context=3 cuts"),
             ("--config.data.sources.a.train=/nowhere", "/nowhere: not a tokenised corpus"),
             ("--config.model.attention=flash", "config.model.attention: Input should be"),
             ("--wrokdir=x", "Unknown command line flag 'wrokdir'. Did you mean: workdir"),

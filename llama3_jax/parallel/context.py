@@ -29,10 +29,11 @@ def natural_order(x: Shaped[Array, "B T ..."], context: int) -> Shaped[Array, "B
 
 
 def imbalance(positions: Int[np.ndarray, "rows length"], context: int) -> float:
-    """Attention work of the busiest rank over the mean, of real rows: 1 is even.
+    """Attention FLOPs of the busiest rank over the mean: 1 is even.
 
-    Work is counted in (query, key) pairs inside documents: token p of a document sees p + 1 keys.
-    Rows are computed one after the other, so the busiest rank of each row is what counts.
+    `positions` are those of tokens in their documents, -1 for padding. FLOPs go with the (query,
+    key) pairs inside documents: token p of a document sees p + 1 keys, padding none. Rows are
+    computed one after the other, so the busiest rank of each row is what counts.
     """
     pairs = positions.astype(np.float64) + 1
     columns = balanced_columns(pairs.shape[1], context)

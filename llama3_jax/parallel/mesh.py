@@ -59,7 +59,20 @@ class MeshConfig(Config):
                     f"contiguous={self.contiguous} needs schedule='interleaved', "
                     f"not {self.schedule!r}"
                 )
+        if self.virtual_stages > 1 and self.pipe == 1:
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} needs pipe of 2 or more, not {self.pipe}"
+            )
+        if self.contiguous is not None and self.virtual_stages == 1:
+            raise ValueError(
+                f"contiguous={self.contiguous} needs virtual_stages of 2 or more: with one, a rank "
+                "takes its micro-batches in a row anyway"
+            )
         return self
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def devices(self) -> int:
@@ -75,7 +88,7 @@ class Layout:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {axis: getattr(self.config, axis) for axis in AXES}
+        return self.config.shape
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -84,10 +97,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    shape = tuple(getattr(config, axis) for axis in AXES)
+    shape = tuple(config.shape.values())
     present = jax.device_count() if devices is None else len(devices)
     if config.devices != present:
-        layout = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, shape, strict=True))
+        layout = " x ".join(f"{axis} {n}" for axis, n in config.shape.items())
         raise UserError(f"mesh {layout} needs {config.devices} devices, {present} are present")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if devices is not None:

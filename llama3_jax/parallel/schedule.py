@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from llama3_jax.errors import UserError
 from llama3_jax.parallel.mesh import MeshConfig
 
 IDLE = -1
@@ -98,11 +97,8 @@ def _play(name, P, V, M, forwards, backwards, limits) -> Schedule:
                 if ready:
                     backward_tick[m, chunk], row[1, rank] = tick, (m, v)
                     done[1, rank] += 1
-        if (row == IDLE).all():
-            raise UserError(
-                f"schedule {name} with {P} stages, {V} virtual stages and {M} micro-batches "
-                "stands still: a larger `contiguous` lets it go on"
-            )
+        # Never: the limits let each group through all of its virtual stages to its first backward.
+        assert (row != IDLE).any(), f"schedule {name} of {P} x {V} stages stands still"
         table.append(row)
     ticks = np.array(table, np.int32)
     return Schedule(name, P, V, M, ticks[:, 0], ticks[:, 1])

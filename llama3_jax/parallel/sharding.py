@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.context import balanced_columns
-from llama3_jax.parallel.mesh import FSDP_AXES, Layout
+from llama3_jax.parallel.mesh import FSDP_AXES, Layout, MeshConfig
 
 # Parameters are spread over the FSDP axes along `embed`, over tensor along the width of a layer,
 # over pipe by layer. Norms are too small to be worth a gather.
@@ -99,13 +99,13 @@ def replicated(layout: Layout) -> NamedSharding:
     return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def check_batch(rows: int, length: int, micro_batches: int, layout: Layout) -> None:
+def check_batch(rows: int, length: int, micro_batches: int, mesh: Layout | MeshConfig) -> None:
     """Refuses a batch that the mesh does not divide.
 
     Raises:
       UserError: names the size and the mesh axis.
     """
-    data, context, tensor = (layout.shape[axis] for axis in ("data", "context", "tensor"))
+    data, context, tensor = (mesh.shape[axis] for axis in ("data", "context", "tensor"))
     if rows % (data * micro_batches):
         raise UserError(
             f"a batch of {rows} rows is not divisible by mesh.data={data} x {micro_batches} "

@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.parallel.context import imbalance
+from llama3_jax.parallel.sharding import check_batch
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import Timeline
+
+_BALANCE_ROWS = 64
 
 
 @dataclasses.dataclass
@@ -30,6 +35,8 @@ def prepare(config: RunConfig) -> Run:
       UserError: whatever cannot work, by key, before anything is compiled or written.
     """
     timeline = Timeline(config.stages, config.model.rope, config.mesh)
+    for stage in timeline.stages:
+        check_batch(stage.batch_rows, stage.length, stage.micro_batches, stage.mesh)
     sources = config.data.sources
     corpora = {name: Corpus(source.train) for name, source in sources.items()}
     validation = {
@@ -71,3 +78,28 @@ def print_timeline(run: Run) -> None:
     console.print(table)
     for name, epochs in run.batches.epochs().items():
         console.print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
+    for line in context_balances(run):
+        console.print(line)
+
+
+def context_balances(run: Run) -> list[str]:
+    """A line for each stage with context ranks: how evenly attention's FLOPs lie over them.
+
+    For documents as long as the row, and for the documents of the stage's first rows.
+    """
+    lines = []
+    for number, stage in enumerate(run.timeline.stages):
+        if (ranks := stage.mesh.context) == 1:
+            continue
+        rows = min(stage.steps * stage.batch_rows, _BALANCE_ROWS)
+        positions = np.full((rows, stage.length), -1)
+        for row in range(rows):
+            _, spans = run.batches.spans(number, row)
+            of_row = np.concatenate([np.arange(span.stop - span.start) for span in spans])
+            positions[row, : len(of_row)] = of_row
+        causal = imbalance(np.arange(stage.length)[None], ranks)
+        lines.append(
+            f"stage {stage.name}: attention FLOPs of the busiest of {ranks} context ranks over "
+            f"their mean: causal {causal:.3f}, its documents {imbalance(positions, ranks):.3f}"
+        )
+    return lines

@@ -1,7 +1,6 @@
 """Joining, who holds which rows, and that nobody waits for a process that is gone."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, door_environment, free_port
 
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.processes import Joining, initialize_arguments, local_rows
@@ -96,12 +95,6 @@ def test_rows_that_are_no_block_are_refused_on_every_process(data, others, owner
     for process in (0, 1):
         with pytest.raises(UserError, match="process 0 holds ranks .* which is no equal block"):
             local_rows(mesh_of(data, others, owners), process)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
