@@ -74,6 +74,10 @@ class MeshConfig(Config):
     def shape(self) -> dict[str, int]:
         return {axis: getattr(self, axis) for axis in AXES}
 
+    def contiguous_or(self, micro_batches: int) -> int:
+        """Micro-batches in a row on a virtual stage: as given, or as many as there are stages."""
+        return min(self.contiguous or self.pipe, micro_batches)
+
     @property
     def devices(self) -> int:
         return self.data * self.pipe * self.context * self.tensor

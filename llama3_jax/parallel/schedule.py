@@ -10,7 +10,7 @@ what comes out is a table that parallel/pipeline.py executes as it stands.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from llama3_jax.parallel.mesh import MeshConfig
 
@@ -43,7 +43,7 @@ def make_schedule(config: MeshConfig, micro_batches: int) -> Schedule:
       divide the number of micro-batches (Llama 3 paper, section 3.3.2, figure 6).
     """
     P, V, M = config.pipe, config.virtual_stages, micro_batches
-    N = min(config.contiguous or P, M)
+    N = config.contiguous_or(M)
     if config.schedule == "gpipe":
         limits = [M * V] * P
     elif config.schedule == "1f1b":
@@ -124,8 +124,9 @@ class Simulation(NamedTuple):
 
 def simulate(schedule: Schedule, backward_cost: float = 2.0) -> Simulation:
     """What `schedule` takes when a backward costs `backward_cost` forwards and sending nothing."""
+    ones = np.ones((schedule.stages, schedule.virtual))
     busy = _busy_time(schedule, backward_cost)
-    time = _time_with_meetings(schedule, backward_cost)
+    time = simulate_times(schedule, ones, backward_cost * ones)
     free = _time_free_running(schedule, backward_cost)
     return Simulation(
         schedule.ticks, time, time / busy - 1, free / busy - 1, tuple(in_flight(schedule))
@@ -138,12 +139,22 @@ def _busy_time(schedule: Schedule, backward_cost: float) -> float:
     return forwards + backward_cost * int((schedule.backward[:, 0, 0] != IDLE).sum())
 
 
-def _time_with_meetings(schedule: Schedule, backward_cost: float) -> float:
-    work = (schedule.forward[..., 0] != IDLE) + backward_cost * (schedule.backward[..., 0] != IDLE)
+def simulate_times(
+    schedule: Schedule,
+    forward: Float[np.ndarray, "ranks virtual"],
+    backward: Float[np.ndarray, "ranks virtual"],
+) -> float:
+    """The time of `schedule` as executed, where each chunk takes a time of its own.
+
+    Neighbours meet after every tick: the ring exchange waits for both.
+    """
     clock = np.zeros(schedule.stages)
+    work = np.zeros((schedule.ticks, schedule.stages))
+    ranks = np.arange(schedule.stages)
+    for items, times in ((schedule.forward, forward), (schedule.backward, backward)):
+        work += np.where(items[..., 0] != IDLE, times[ranks, items[..., 1]], 0.0)
     for tick in work:
         clock = clock + tick
-        # The ring exchange at the tick's end waits for both neighbours.
         clock = np.maximum(clock, np.maximum(np.roll(clock, 1), np.roll(clock, -1)))
     return float(clock.max())
 

@@ -9,12 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 from llama3_jax.model.flops import training_flops
-from llama3_jax.parallel.schedule import simulate_times
+from llama3_jax.parallel.schedule import make_schedule, simulate_times
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.traffic import (
-    BACKWARD, FORWARD, STEP, TICK, bandwidth, layer_parameters, traffic,
+    BACKWARD,
+    FORWARD,
+    STEP,
+    TICK,
+    bandwidth,
+    layer_parameters,
+    traffic,
 )  # fmt: skip
 
 
@@ -44,8 +50,16 @@ class Cost(NamedTuple):
         return self.tokens / self.seconds * 86_400
 
 
-def predict(case: Case, constants: Constants, document_length: int | None = None) -> Cost:
-    """The step's time. Documents are as long as a row, or `document_length` tokens on average."""
+def predict(
+    case: Case,
+    constants: Constants,
+    document_length: int | None = None,
+    simulated: bool = True,
+) -> Cost:
+    """The step's time. Documents are as long as a row, or `document_length` tokens on average.
+
+    The pipeline's bubble comes from the simulated schedule, or else from (P - 1) / (M V).
+    """
     model, mesh, micro = case.model, case.mesh, case.micro_batches
     forward, backward = _layer(case, constants, document_length)
     layers = model.layers / mesh.pipe
@@ -56,27 +70,26 @@ def predict(case: Case, constants: Constants, document_length: int | None = None
     parts["head"] = micro * (head_forward + head_backward) / mesh.pipe
     ends = {
         "fsdp": sum(
-            t.bytes / bandwidth(t.axes, mesh, constants)
-            for t in traffic(case)
-            if t.phase == STEP
+            t.bytes / bandwidth(t.axes, mesh, constants) for t in traffic(case) if t.phase == STEP
         ),
         # Reads and writes parameter and two moments, reads the gradient: float32.
         "optimizer": 28 * _stored_parameters(case) / constants.memory_bandwidth,
     }
     bubble = 0.0
     if mesh.pipe > 1:
-        stages = np.array(make_stages(model.layers, mesh).counts, float)
-        times = [stages * sum(forward.values()), stages * sum(backward.values())]
-        times[1][-1, -1] += head_forward + head_backward
-        schedule = case.schedule
-        busy = (times[0] + times[1]).sum(1).mean() * micro
-        whole = simulate_times(schedule, *times)
-        bubble = whole / busy - 1
-        parts["bubble"] = whole - busy
-        sent = sum(
+        busy = sum(parts.values())
+        bubble = (mesh.pipe - 1) / (micro * mesh.virtual_stages)
+        ticks = micro * mesh.virtual_stages + 2 * (mesh.pipe - 1) + mesh.pipe * mesh.virtual_stages
+        if simulated:
+            stages = np.array(make_stages(model.layers, mesh).counts, float)
+            times = [stages * sum(forward.values()), stages * sum(backward.values())]
+            times[1][-1, -1] += head_forward + head_backward
+            schedule = make_schedule(mesh, micro)
+            bubble, ticks = simulate_times(schedule, *times) / busy - 1, schedule.ticks
+        parts["bubble"] = bubble * busy
+        parts["pipeline"] = ticks * sum(
             t.bytes / bandwidth(t.axes, mesh, constants) for t in traffic(case) if t.phase == TICK
         )
-        parts["pipeline"] = schedule.ticks * sent
     for name, seconds in ends.items():
         parts[name] = parts.get(name, 0.0) + seconds
     pairs = _document_pairs(case, document_length)
@@ -115,7 +128,9 @@ def _layer(case: Case, constants: Constants, document_length: int | None):
             times[part] = 0.0
         for t in traffic(case):
             if t.phase == phase:
-                part = t.axes[0] if t.axes in (("tensor",), ("context",)) and not t.hidden else "fsdp"
+                part = (
+                    t.axes[0] if t.axes in (("tensor",), ("context",)) and not t.hidden else "fsdp"
+                )
                 exposed = 1 - constants.overlap if t.hidden else 1
                 times[part] += exposed * t.bytes / bandwidth(t.axes, mesh, constants)
     return forward, backward

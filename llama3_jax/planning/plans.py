@@ -1,0 +1,94 @@
+"""A plan: what one stage will hold, send and take; as numbers that can be saved."""
+
+from typing import Any, NamedTuple
+
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.compiler import Compiled, compile_case
+from llama3_jax.planning.constants import Constants
+from llama3_jax.planning.cost import Cost, predict
+from llama3_jax.planning.hlo import Collective, by_axes, collectives
+from llama3_jax.planning.memory import Memory, forecast
+
+
+class Plan(NamedTuple):
+    """`compiled` and `collectives` are None and empty where the step was not compiled."""
+
+    case: Case
+    forecast: Memory
+    cost: Cost
+    compiled: Compiled | None
+    collectives: list[Collective]
+    memory_limit: float
+    power: float
+
+    @property
+    def fits(self) -> bool:
+        """By the compiler's figure where there is one."""
+        used = self.compiled.peak if self.compiled else self.forecast.total
+        return used <= self.memory_limit
+
+    @property
+    def days(self) -> float:
+        """Of the whole stage."""
+        return self.case.steps * self.cost.seconds / 86_400
+
+    @property
+    def energy_mwh(self) -> float:
+        """Of the whole stage."""
+        return self.days * 24 * self.cost.gpus * self.power / 1e6
+
+
+def make_plan(
+    case: Case, constants: Constants, compiles: bool, document_length: int | None = None
+) -> Plan:
+    compiled = compile_case(case) if compiles else None
+    found = collectives(compiled.hlo, case.mesh, case.schedule) if compiled else []
+    cost = predict(case, constants, document_length)
+    return Plan(
+        case, forecast(case), cost, compiled, found, constants.memory, constants.power
+    )  # fmt: skip
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything the tables show, in bytes, seconds and FLOP/s."""
+    case, cost, compiled = plan.case, plan.cost, plan.compiled
+    return {
+        "stage": case.name,
+        "model": case.model.model_dump(),
+        "mesh": case.mesh.model_dump(),
+        "rows": case.rows,
+        "length": case.length,
+        "micro_batches": case.micro_batches,
+        "steps": case.steps,
+        "fits": plan.fits,
+        "memory_forecast": plan.forecast._asdict() | {"total": plan.forecast.total},
+        "memory_compiled": compiled
+        and {
+            "arguments": compiled.arguments,
+            "temporary": compiled.temporary,
+            "peak": compiled.peak,
+            "compile_seconds": compiled.seconds,
+            "compile_process_bytes": compiled.process_bytes,
+        },
+        "collectives": [
+            {
+                "kind": kind,
+                "axes": axes,
+                "link": members[0].link,
+                "sites": len(members),
+                "times": sum(c.turns for c in members),
+                "bytes": sum(c.total for c in members),
+                "bytes_under_products": sum(c.total for c in members if c.hidden),
+            }
+            for kind, axes, members in by_axes(plan.collectives)
+        ],
+        "bubble": cost.bubble,
+        "seconds": cost.seconds,
+        "parts": {name: float(seconds) for name, seconds in cost.parts.items()},
+        "flops": cost.flops,
+        "flops_per_gpu": {name: cost.flops_per_gpu(name) for name in cost.flops},
+        "mfu": {name: cost.mfu(name) for name in cost.flops},
+        "tokens_per_day": cost.tokens_per_day,
+        "days": plan.days,
+        "energy_mwh": plan.energy_mwh,
+    }
