@@ -171,9 +171,20 @@ def run_blocks(
 def _all_but_weights(primitive, *operands, **options) -> bool:
     """Keeps everything but gathered weights and what is free to make again from them."""
     if primitive.name == "all_gather":
-        # Activations gathered over tensor, and keys and values [B, S, K, D] over context, are kept.
-        return "tensor" in options["axis_name"] or operands[0].ndim == 4
+        return _gathers_activations(operands[0], options)
+    if primitive.name == "custom_vjp_call":
+        # Seen as one operation: a gathered or widened weight (parallel/fsdp.py) among others.
+        inside = options["call_jaxpr"].jaxpr.eqns
+        gathers = [e for e in inside if e.primitive.name == "all_gather"]
+        if gathers:
+            return _gathers_activations(gathers[0].invars[0].aval, gathers[0].params)
+        return any(e.primitive.name != "convert_element_type" for e in inside)
     return primitive.name not in ("name", "reshape", "convert_element_type")
+
+
+def _gathers_activations(operand, options) -> bool:
+    # Sequences over tensor, and keys and values [B, S, K, D] over context.
+    return "tensor" in options["axis_name"] or operand.ndim == 4
 
 
 def head_losses(

@@ -197,21 +197,27 @@ def _first_group(instruction: _Instruction) -> list[int]:
         return [int(n) for n in listed[1].split(",")]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        shape, reshape, order = (
-            [int(n) for n in part.split(",")] if part else None for part in iota.groups()
-        )
-        devices = np.arange(math.prod(reshape)).reshape(reshape)
-        return (devices.transpose(order) if order else devices).reshape(shape)[0].tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
+        return _devices(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")])[0].tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r"\s*\{([^}]*)\}",
+        text,
+    )
     if named:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        chosen = set(re.findall(r"'(\w+)'", named[2]))
-        devices = np.arange(math.prod(map(int, sizes.values()))).reshape(
-            [*map(int, sizes.values())]
-        )
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        chosen = set(re.findall(r"'(\w+)'", named[4]))
+        devices = _devices(named[2] or ",".join(map(str, sizes.values())), named[3])
+        devices = devices.reshape(list(sizes.values()))
         index = tuple(slice(None) if axis in chosen else 0 for axis in sizes)
         return devices[index].reshape(-1).tolist()
     raise UserError(f"replica groups of an unknown form: {text[:200]}")
+
+
+def _devices(shape: str, order: str | None) -> np.ndarray:
+    """All devices in the order of a transposed iota: `[16,8]T(1,0)`."""
+    sizes = [int(n) for n in shape.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose([int(n) for n in order.split(",")]) if order else devices
 
 
 def _axes(group: list[int], shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -32,21 +32,26 @@ def forecast(case: Case) -> Memory:
     """The peak of a training step."""
     mesh, model = case.mesh, case.model
     ranks = mesh.data * mesh.context
-    layer, tables = layer_parameters(case), table_parameters(case)
+    matrices = _stacked_layers(case) * layer_parameters(case) + table_parameters(case)
     norms = (2 * _stacked_layers(case) + 1) * model.dim
-    matrices = _stacked_layers(case) * layer + tables
     stored = matrices / ranks + norms
     kept = mesh.fsdp == "kept" and ranks > 1
-    # Automatic differentiation returns a micro-batch's gradients, which are added to the sum.
-    sums = 2 if mesh.pipe == 1 and case.micro_batches > 1 else 1
-    whole = matrices + norms if kept else stored
+    gradients = _F32 * (matrices + norms if kept else stored)
+    head, layer = _head_inside(case, kept), _layer_inside(case, kept)
+    if mesh.pipe == 1 and case.micro_batches == 1:
+        # The head's inside is gone before the layers' gradients are there.
+        gradients, temporary = max(gradients + layer, head) - layer, layer
+    else:
+        # Automatic differentiation returns a micro-batch's gradients, to be added to the sum.
+        gradients *= 2 if mesh.pipe == 1 else 1
+        temporary = max(head, layer)
     return Memory(
         parameters=_F32 * stored,
         optimizer=2 * _F32 * stored,
-        gradients=_F32 * sums * whole,
+        gradients=gradients,
         gathered=_width(case) * matrices if kept else 0,
         activations=_activations(case),
-        temporary=_temporary(case, kept),
+        temporary=temporary,
     )
 
 
@@ -105,17 +110,39 @@ def in_flight(case: Case) -> int:
     return min(limit, micro * mesh.virtual_stages)
 
 
-def _temporary(case: Case, kept: bool) -> float:
-    """The larger of the head's inside and a layer's inside in the backward pass."""
-    model, mesh, tokens = case.model, case.mesh, case.rank_tokens
-    width, tensor = _width(case), mesh.tensor
-    ranks = mesh.data * mesh.context
-    vocabulary = model.vocab_size // tensor
-    table = vocabulary * model.dim
-    gathered = ranks > 1 and not kept
-    head = tokens * vocabulary * (_F32 + _F32 + width) + 2 * width * tokens * model.dim
-    layer = width * tokens * (4 * model.dim + 4 * model.ffn_dim // tensor)
-    if gathered:
-        head += table * (2 * width + _F32)
-        layer += layer_parameters(case) * (width + _F32) + table * width
-    return max(head, layer)
+def _head_inside(case: Case, kept: bool) -> float:
+    """Logits in float32, their gradient, and both ends' gathered tables with their gradient."""
+    tokens, width = case.rank_tokens, _width(case)
+    vocabulary = case.model.vocab_size // case.mesh.tensor
+    inside = tokens * vocabulary * (2 * _F32 + width) + 2 * width * tokens * case.model.dim
+    if _gathers(case, kept):
+        inside += vocabulary * case.model.dim * (2 * width + _F32)
+    return inside
+
+
+def _layer_inside(case: Case, kept: bool) -> float:
+    """A layer's backward: gathered and widened activations, and its own weights and gradients."""
+    model, tokens, width = case.model, case.rank_tokens, _width(case)
+    inside = width * tokens * (4 * model.dim + 4 * model.ffn_dim // case.mesh.tensor)
+    inside += 2.5 * _F32 * _scores(case)
+    if _gathers(case, kept):
+        inside += layer_parameters(case) * (width + _F32)
+        inside += model.vocab_size // case.mesh.tensor * model.dim * width
+    return inside
+
+
+def _scores(case: Case) -> float:
+    """Attention scores that are in memory at once; their gradient and mask come on top."""
+    model, row = case.model, case.rank_tokens * case.mesh.context
+    heads = model.heads // case.mesh.tensor
+    if model.attention == "reference":
+        return heads * case.rank_tokens * row / case.micro_rows
+    if model.attention == "chunked":  # kernels/attention.py: 512 queries, or a 16th of a row
+        return (
+            heads * case.micro_rows * max(512, case.length // 16 // case.mesh.context) * case.length
+        )
+    return 0
+
+
+def _gathers(case: Case, kept: bool) -> bool:
+    return case.mesh.data * case.mesh.context > 1 and not kept
