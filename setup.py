@@ -19,10 +19,14 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        # The compiler of the extra `plan`: 0.4 GB, and none of NVIDIA's libraries.
+        "jax-cuda13-plugin>=0.10.2; platform_system == 'Linux'",
         "pytest>=8",
         "ruff>=0.9",
         "safetensors>=0.5",
     ],
+    # XLA's compiler for GPUs, to plan runs on a machine that has none.
+    "plan": ["jax-cuda13-plugin>=0.10.2"],
     # Live comparison with the reference implementation; torch should be a CPU build.
     "parity": ["torch>=2.6", "transformers>=4.46"],
 }

@@ -1,12 +1,15 @@
 """How every door runs: one line and a non-zero exit code for what the user can mend."""
 
 import errno
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,6 +30,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return _fail(f"unexpected argument {argv[1]!r}; options look like --name=value")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells 30 lines a checkpoint
+        _choose_platform()
         try:
             return main(argv)
         except UserError as error:
@@ -37,6 +41,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return _fail(f"no space left on the disk that holds {error.filename or os.getcwd()}")
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _choose_platform() -> None:
+    """The CPU where there is no NVIDIA driver: JAX's GPU plugin would say so at length first."""
+    driver = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+    if "JAX_PLATFORMS" not in os.environ and not driver and importlib.util.find_spec("jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llama3_jax.errors import UserError
-from llama3_jax.parallel.mesh import AXES, MeshConfig
+from llama3_jax.parallel.mesh import AXES
 from llama3_jax.parallel.pipeline import SCOPE
 from llama3_jax.parallel.schedule import Schedule
-from llama3_jax.planning.case import GPUS_PER_HOST
+from llama3_jax.parallel.stages import make_stages
+from llama3_jax.planning.case import GPUS_PER_HOST, Case
 
 NVLINK, NETWORK = "NVLink", "network"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
@@ -69,15 +70,15 @@ class _Instruction(NamedTuple):
         return found[1] if found else ""
 
 
-def collectives(hlo: str, mesh: MeshConfig, schedule: Schedule | None) -> list[Collective]:
+def collectives(hlo: str, case: Case) -> list[Collective]:
     """All collectives of the program's entry and of what it calls.
 
     Raises:
       UserError: the text has a collective of a form that is not known here.
     """
     computations = _parse(hlo)
-    turns = _turns(computations, _entry(hlo), schedule)
-    shape = tuple(getattr(mesh, axis) for axis in AXES)
+    turns = _turns(computations, _entry(hlo), case)
+    shape = tuple(case.mesh.shape.values())
     found = []
     for name, instructions in computations.items():
         if not turns.get(name):
@@ -130,11 +131,12 @@ def _entry(hlo: str) -> str:
     return re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)[1]
 
 
-def _turns(computations, entry: str, schedule: Schedule | None) -> dict[str, float]:
+def _turns(computations, entry: str, case: Case) -> dict[str, float]:
     """How often each computation runs in a step."""
     turns: dict[str, float] = defaultdict(float)
+    schedule = case.schedule
 
-    def visit(name: str, times: float, inside: tuple[str, ...]) -> None:
+    def visit(name: str, times: float) -> None:
         turns[name] += times
         for instruction in computations[name]:
             called = _CALLED.findall(instruction.rest)
@@ -142,7 +144,7 @@ def _turns(computations, entry: str, schedule: Schedule | None) -> dict[str, flo
                 called += [b.strip().lstrip("%") for b in branches[1].split(",")]
             if not called or instruction.opcode in ("fusion", "all-reduce", "reduce-scatter"):
                 continue
-            each, scopes = times, inside
+            each = times
             if instruction.opcode == "while":
                 if known := _TURNS.search(instruction.rest):
                     each *= int(known[1])
@@ -150,21 +152,23 @@ def _turns(computations, entry: str, schedule: Schedule | None) -> dict[str, flo
                     names = _SCOPES.findall(instruction.where)
                     if not names or schedule is None:
                         raise UserError(f"a loop of unknown turns: {instruction.where}")
-                    each *= _share(names[-1], schedule)
+                    each *= _share(names[-1], case, schedule)
             for target in called:
                 if target in computations:
-                    visit(target, each, scopes)
+                    visit(target, each)
 
-    visit(entry, 1.0, ())
+    visit(entry, 1.0)
     return turns
 
 
-def _share(name: str, schedule: Schedule) -> float:
+def _share(name: str, case: Case, schedule: Schedule) -> float:
     """How often, of its chances, a rank runs what is named, by the mean over ranks."""
     chunks = schedule.stages * schedule.virtual
     if name in ("forward", "backward"):
         return schedule.micro_batches * schedule.virtual / schedule.ticks
-    return 1.0 if name == "layer" else 1 / chunks  # embedding, head and what goes to it
+    if name == "layer":
+        return case.model.layers / (chunks * make_stages(case.model.layers, case.mesh).most)
+    return 1 / chunks  # embedding, head and what goes to it
 
 
 def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -184,8 +188,8 @@ def _received(kind: str, instruction: _Instruction, ranks: int) -> float:
         return total * (ranks - 1) / (1 + 1 / ranks if started else 1) / (ranks if started else 1)
     if kind == "all-reduce":
         return 2 * total * (ranks - 1) / ranks
-    if kind == "collective-permute":
-        return sizes[0]
+    if kind == "collective-permute":  # a start's type may also hold scalars of its own
+        return total / 2 if started else total
     return total * (ranks - 1) / ranks
 
 

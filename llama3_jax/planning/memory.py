@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
-from llama3_jax.planning.traffic import layer_parameters, table_parameters
+from llama3_jax.planning.traffic import layer_parameters, stacked_layers, table_parameters
 
 _F32, _BF16 = 4, 2
 
@@ -32,8 +32,8 @@ def forecast(case: Case) -> Memory:
     """The peak of a training step."""
     mesh, model = case.mesh, case.model
     ranks = mesh.data * mesh.context
-    matrices = _stacked_layers(case) * layer_parameters(case) + table_parameters(case)
-    norms = (2 * _stacked_layers(case) + 1) * model.dim
+    matrices = stacked_layers(case) * layer_parameters(case) + table_parameters(case)
+    norms = (2 * stacked_layers(case) + 1) * model.dim
     stored = matrices / ranks + norms
     kept = mesh.fsdp == "kept" and ranks > 1
     gradients = _F32 * (matrices + norms if kept else stored)
@@ -57,13 +57,6 @@ def forecast(case: Case) -> Memory:
 
 def _width(case: Case) -> int:
     return _BF16 if case.model.dtype == "bfloat16" else _F32
-
-
-def _stacked_layers(case: Case) -> int:
-    """Layers' places on one pipeline rank, also those that hold none (parallel/stages.py)."""
-    if case.mesh.pipe == 1:
-        return case.model.layers
-    return case.mesh.virtual_stages * make_stages(case.model.layers, case.mesh).most
 
 
 def layer_residuals(case: Case) -> float:
@@ -111,12 +104,17 @@ def in_flight(case: Case) -> int:
 
 
 def _head_inside(case: Case, kept: bool) -> float:
-    """Logits in float32, their gradient, and both ends' gathered tables with their gradient."""
-    tokens, width = case.rank_tokens, _width(case)
-    vocabulary = case.model.vocab_size // case.mesh.tensor
-    inside = tokens * vocabulary * (2 * _F32 + width) + 2 * width * tokens * case.model.dim
+    """Logits and what is made of them, and the head's gathered table with its gradient.
+
+    XLA has three float32 arrays of logits alive at once, and two where the vocabulary is split or
+    the head lies inside a loop: over micro-batches, or over the pipeline's ticks.
+    """
+    model, tokens, width = case.model, case.rank_tokens, _width(case)
+    vocabulary = model.vocab_size // case.mesh.tensor
+    copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
+    inside = tokens * vocabulary * (copies * _F32 + width) + 2 * width * tokens * model.dim
     if _gathers(case, kept):
-        inside += vocabulary * case.model.dim * (2 * width + _F32)
+        inside += vocabulary * model.dim * (width + _F32)
     return inside
 
 

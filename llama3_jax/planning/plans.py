@@ -42,7 +42,7 @@ def make_plan(
     case: Case, constants: Constants, compiles: bool, document_length: int | None = None
 ) -> Plan:
     compiled = compile_case(case) if compiles else None
-    found = collectives(compiled.hlo, case.mesh, case.schedule) if compiled else []
+    found = collectives(compiled.hlo, case) if compiled else []
     cost = predict(case, constants, document_length)
     return Plan(
         case, forecast(case), cost, compiled, found, constants.memory, constants.power
@@ -76,6 +76,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "axes": axes,
                 "link": members[0].link,
                 "sites": len(members),
+                "shapes": sorted({(c.dtype, *c.shape) for c in members}, key=str),
                 "times": sum(c.turns for c in members),
                 "bytes": sum(c.total for c in members),
                 "bytes_under_products": sum(c.total for c in members if c.hidden),

@@ -6,6 +6,7 @@ Tested against those that XLA leaves in the compiled step (planning/hlo.py).
 from typing import NamedTuple
 
 from llama3_jax.parallel.mesh import AXES, FSDP_AXES, MeshConfig
+from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import GPUS_PER_HOST, Case
 from llama3_jax.planning.constants import Constants
 
@@ -39,6 +40,13 @@ def table_parameters(case: Case) -> int:
     return m.vocab_size * m.dim * (1 if m.tied_head else 2) // case.mesh.tensor
 
 
+def stacked_layers(case: Case) -> int:
+    """Layers' places on one pipeline rank, also those that hold none (parallel/stages.py)."""
+    if case.mesh.pipe == 1:
+        return case.model.layers
+    return case.mesh.virtual_stages * make_stages(case.model.layers, case.mesh).most
+
+
 def traffic(case: Case) -> list[Traffic]:
     """All collectives that matter, of one micro-batch through one layer, or of one step."""
     model, mesh, tokens = case.model, case.mesh, case.rank_tokens
@@ -53,6 +61,10 @@ def traffic(case: Case) -> list[Traffic]:
         ):  # fmt: skip
             found.append(Traffic("all-gather", ("tensor",), phase, gathers * part, False))
             found.append(Traffic("reduce-scatter", ("tensor",), phase, scatters * part, False))
+        # The embedding's result and its gradient, the head's input and its gradient.
+        ends = 2 * case.micro_batches / mesh.pipe * part
+        found.append(Traffic("all-gather", ("tensor",), STEP, ends, False))
+        found.append(Traffic("reduce-scatter", ("tensor",), STEP, ends, False))
     if mesh.context > 1:
         heads = max(model.kv_heads // mesh.tensor, 1)
         elements = tokens * mesh.context * heads * model.head_dim
@@ -60,8 +72,7 @@ def traffic(case: Case) -> list[Traffic]:
         gathers = (1, 0 if model.remat == "none" else 1)
         for phase, count in zip((FORWARD, BACKWARD), gathers, strict=True):
             found.append(Traffic("all-gather", ("context",), phase, count * part * width, False))
-        # XLA's float32 reductions: the cotangents come from float32 sums.
-        found.append(Traffic("reduce-scatter", ("context",), BACKWARD, part * 4, False))
+        found.append(Traffic("reduce-scatter", ("context",), BACKWARD, part * width, False))
     ranks = mesh.data * mesh.context
     if ranks > 1:
         axes = tuple(axis for axis in FSDP_AXES if getattr(mesh, axis) > 1)
@@ -72,17 +83,30 @@ def traffic(case: Case) -> list[Traffic]:
             found.append(Traffic("all-gather", axes, FORWARD, layer * width, True))
             found.append(Traffic("all-gather", axes, BACKWARD, layer * width, True))
             found.append(Traffic("reduce-scatter", axes, BACKWARD, layer * 4, True))
-            micro = case.micro_batches
+            micro = case.micro_batches / mesh.pipe  # the pipeline's two ends alone
             found.append(Traffic("all-gather", axes, STEP, micro * tables * width, False))
             found.append(Traffic("reduce-scatter", axes, STEP, micro * tables * 4, False))
         else:
-            whole = layer * model.layers / mesh.pipe + tables
+            whole = layer * stacked_layers(case) + tables
             found.append(Traffic("all-gather", axes, STEP, whole * width, False))
             found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, False))
     if mesh.pipe > 1:
         sent = tokens // mesh.tensor * model.dim * width
         found.append(Traffic("collective-permute", ("pipe",), TICK, 2 * sent, False))
+        tables = 2 * (mesh.pipe - 1) / mesh.pipe * table_parameters(case) / ranks * 4
+        found.append(Traffic("all-reduce", ("pipe",), STEP, tables, False))
     return found
+
+
+def in_step(case: Case) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a GPU receives in a step by kind and axes, the mean over the pipeline's ranks."""
+    passes = case.micro_batches * case.model.layers / case.mesh.pipe
+    ticks = case.schedule.ticks if case.schedule else 0
+    times = {FORWARD: passes, BACKWARD: passes, TICK: ticks, STEP: 1}
+    sums: dict = {}
+    for t in traffic(case):
+        sums[t.kind, t.axes] = sums.get((t.kind, t.axes), 0.0) + times[t.phase] * t.bytes
+    return sums
 
 
 def bandwidth(axes: tuple[str, ...], mesh: MeshConfig, constants: Constants) -> float:

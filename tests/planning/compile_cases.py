@@ -1,0 +1,56 @@
+"""Compiles small cases for H100s and prints, as JSON, what the compiler says of each.
+
+A program of its own: the tests' process is set up for CPU devices. Arguments name cases.
+"""
+
+import llama3_jax.planning.environment  # noqa: F401, I001  # before jax
+
+import json
+import sys
+
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.parallel.mesh import MeshConfig
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.compiler import compile_case
+from llama3_jax.planning.hlo import collectives, totals
+from llama3_jax.training.optimizer import OptimizerConfig
+
+WIDE = ModelConfig(
+    dim=2048, layers=6, heads=16, kv_heads=8, head_dim=128, ffn_dim=7168, vocab_size=32_000
+)
+
+
+def case(name: str, rows: int, length: int, micro: int, mesh: dict, **model) -> Case:
+    model = WIDE.model_copy(update={"attention": "chunked", "remat": "full"} | model)
+    return Case(name, model, OptimizerConfig(), MeshConfig(**mesh), rows, length, micro, steps=10)
+
+
+CASES = [
+    case("zero3", 16, 2048, 1, dict(data=8), attention="reference"),
+    case("zero3 again", 64, 1024, 2, dict(data=16), attention="reference", remat="save_products"),
+    case("kept, none", 16, 256, 2, dict(data=8, fsdp="kept"), remat="none", attention="reference"),
+    case("tensor", 8, 1024, 2, dict(data=2, tensor=4), attention="reference"),
+    case("context", 2, 16_384, 1, dict(data=2, context=2, tensor=2), remat="save_products"),
+    case("pipeline", 32, 1024, 8,
+         dict(data=2, pipe=2, tensor=2, fsdp="kept", virtual_stages=2), attention="reference"),
+    case("all four", 16, 8192, 4,
+         dict(data=2, pipe=2, context=2, tensor=2, virtual_stages=3), remat="save_products"),
+]  # fmt: skip
+
+
+def main() -> None:
+    results = {}
+    for case in (case for case in CASES if case.name in sys.argv[1:]):
+        compiled = compile_case(case)
+        found = collectives(compiled.hlo, case)
+        results[case.name] = {
+            "arguments": compiled.arguments,
+            "peak": compiled.peak,
+            "seconds": compiled.seconds,
+            "bytes": [[kind, axes, link, n] for (kind, axes, link), n in totals(found).items()],
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
