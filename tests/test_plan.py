@@ -1,0 +1,84 @@
+"""The planning door as a user runs it."""
+
+import json
+import re
+
+import pytest
+
+from llama3_jax.errors import UserError
+from llama3_jax.planning import compiler
+
+ROW = "--config=experiments/production/llama3_405b.py:8k_16384"
+
+
+def test_closed_forms_alone_are_quick_and_whole(door, tmp_path):
+    target = tmp_path / "plan.json"
+    done = door("plan", ROW, "--nocompile", f"--json={target}")
+    assert done.returncode == 0, done.stderr
+    assert "16,384 H100s" in done.stdout and "days" in done.stdout
+    plan = json.loads(target.read_text())
+    (stage,) = plan["stages"]
+    assert stage["fits"] and stage["memory_compiled"] is None
+    assert stage["seconds"] == pytest.approx(sum(stage["parts"].values()))
+    assert all(entry["source"] for entry in plan["constants"].values())
+
+
+def test_all_stages_are_a_line_each(door):
+    done = door(
+        "plan", "--config=experiments/demo/train.py", "--all_stages", "--nocompile",
+        "--config.mesh.data=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for stage in ("short", "longer", "bigger batch", "annealing"):
+        assert stage in done.stdout
+
+
+def test_the_schedule_as_a_chart(door):
+    done = door(
+        "plan",
+        ROW,
+        "--show_schedule",
+        "--config.mesh.pipe=2",
+        "--config.mesh.virtual_stages=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0" in done.stdout and "rank 1" in done.stdout and "bubble" in done.stdout
+
+
+def test_search_without_compiling(door):
+    done = door("plan", ROW, "--search", "--gpus=8192", "--nocompile", "--best=2")
+    assert done.returncode == 0, done.stderr
+    assert "fit by the closed form" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config is required"),
+        (("--config=experiments/production/llama3_405b.py:9k",), "is no row of table 4"),
+        ((ROW, "--stage=late"), "--stage=late: the stages are 8k_16384"),
+        ((ROW, "--nocompile", "--constants=none.json"), "--constants=none.json"),
+        ((ROW, "--config.mesh.tensr=4"), "nearest valid key: tensor"),
+        ((ROW, "--config.mesh.data=100"), "not divisible"),
+        (("--config=experiments/demo/train.py", "--show_schedule"), "has no pipeline"),
+        ((ROW, "--nocompile", "--config.model.remat=none"), "needs .* GiB of a GPU's 79.1"),
+        ((ROW, "--search", "--gpus=8"), "none of .* layouts fits"),
+    ],
+)
+def test_one_line_for_what_cannot_be(door, arguments, message):
+    done = door("plan", *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line)
+
+
+def test_a_machine_without_the_compiler_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(compiler, "_PLUGINS", ("jax_plugins.absent",))
+    with pytest.raises(UserError, match=r"pip install 'llama3_jax\[plan\]'"):
+        compiler.h100s(8)
+
+
+def test_gpus_fill_hosts():
+    with pytest.raises(UserError, match="12 GPUs does not fill hosts of 8"):
+        compiler.h100s(12)
