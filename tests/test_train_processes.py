@@ -210,6 +210,8 @@ def test_four_and_one_go_on_from_it_on_another_mesh_and_one_of_four_is_killed(
     assert one.keys() == {key for key in alone if key[1] > 4}
     for step in range(5, STEPS + 1):
         same_but_for_rounding(one["train", step], alone["train", step])
+    for name, loss in alone["validation", STEPS]["losses"].items():
+        assert one["validation", STEPS]["losses"][name] == pytest.approx(loss, rel=1e-6)
 
     quick = "--config.validation.every_tokens=1_000_000", "--config.samples.prompts=()"
     arguments = f"--workdir={workdirs[1]}", "--heartbeat_timeout=5", *quick
