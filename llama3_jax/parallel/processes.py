@@ -144,8 +144,11 @@ def _initialize(arguments: dict, heartbeat_timeout: int) -> Watch:
     # JAX's own notifier would take SIGTERM, of which the run wants to know itself.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        # JAX's heartbeat is the second line: it aborts without a word of which run this was.
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=2 * heartbeat_timeout)
+        # JAX's heartbeat is the second line: it aborts without a word of which run this was. It may
+        # do so after half its timeout, and then process 0's store answers nobody any more.
+        jax.distributed.initialize(
+            **arguments, heartbeat_timeout_seconds=4 * heartbeat_timeout + 10
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes did not come together: {error}") from None
     if not arguments and "JAX_LOCAL_DEVICE_IDS" not in os.environ and _one_task_a_node():

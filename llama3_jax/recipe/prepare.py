@@ -35,8 +35,7 @@ def prepare(config: RunConfig) -> Run:
       UserError: whatever cannot work, by key, before anything is compiled or written.
     """
     timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    for stage in timeline.stages:
-        check_batch(stage.batch_rows, stage.length, stage.micro_batches, stage.mesh)
+    _check_meshes(config, timeline)
     sources = config.data.sources
     corpora = {name: Corpus(source.train) for name, source in sources.items()}
     validation = {
@@ -59,6 +58,20 @@ def prepare(config: RunConfig) -> Run:
     shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
     batches = Batches(corpora, shapes, config.seed, config.data.packing)
     return Run(config, timeline, corpora, validation, batches)
+
+
+def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
+    """Whether each stage's mesh divides its rows, and those of validation."""
+    for number, stage in enumerate(timeline.stages):
+        shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
+        if config.validation:
+            length = config.validation.length or stage.length
+            shapes[f"config.validation on the mesh of stage {number}"] = stage.mesh.data, length, 1
+        for where, shape in shapes.items():
+            try:
+                check_batch(*shape, stage.mesh)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
 
 
 def print_timeline(run: Run) -> None:

@@ -21,6 +21,8 @@ MODEL = ModelConfig(
     dtype="float32", init_std=0.2,
 )  # fmt: skip
 ROWS, LENGTH, MICRO_BATCHES, SOURCES = 32, 32, 4, 2
+# Compiling is what takes time in these tests.
+QUICK = {"xla_backend_optimization_level": 0}
 
 FACTORISATIONS = [
     shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8
@@ -62,15 +64,15 @@ def serial(model: ModelConfig, params, batch):
         losses = token_losses(logits, batch["targets"])
         return jnp.sum(jnp.where(batch["loss_mask"], losses, 0))
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss)).lower(params).compile(compiler_options=QUICK)(params)
 
 
 def on_mesh(model: ModelConfig, params, batch, config: MeshConfig, micro_batches=MICRO_BATCHES):
     """LossSums and gradients in the network's order, as the training step computes them."""
     layout = make_mesh(config)
     function = jax.jit(make_gradients(model, layout, micro_batches, SOURCES))
-    placed = arrange(params, model, layout)
-    sums, gradients = function(placed, put_batch(batch, layout))
+    arguments = arrange(params, model, layout), put_batch(batch, layout)
+    sums, gradients = function.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
     return sums, to_canonical(gradients, model, layout)
 
 

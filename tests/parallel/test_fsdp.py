@@ -1,6 +1,7 @@
 """What goes over the wire: which dtype, and how often."""
 
 import jax
+import pytest
 
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
@@ -51,3 +52,29 @@ def test_kept_gathers_each_weight_and_reduces_each_gradient_once_a_step():
     config = MeshConfig(data=8, fsdp="kept")
     assert collectives(config, "all_gather") == [(0, "bfloat16")] * SHARDED
     assert collectives(config, "reduce_scatter") == [(0, "float32")] * SHARDED
+
+
+@pytest.mark.parametrize("fsdp", ["zero3", "kept"])
+def test_no_gathered_weight_is_kept_for_the_backward_pass(fsdp):
+    """remat="none" keeps activations; weights are gathered, or widened, once more."""
+    layout = make_mesh(MeshConfig(data=8, fsdp=fsdp))
+    batch = put_batch(packed_batch(), layout)
+    function = make_gradients(BFLOAT16, layout, 1, SOURCES)
+    jaxpr = jax.make_jaxpr(function)(abstract_params(BFLOAT16, layout), batch)
+    scans = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    kept = {v.aval.shape for v in scans[0].outvars}  # of the layers' forward pass
+    weights = {x.shape for x in jax.tree.leaves(abstract_params(BFLOAT16, layout)["blocks"])}
+    matrices = {shape for shape in weights if len(shape) > 2}
+    heads_joined = {(s[0], s[1], s[2] * s[3]) for s in matrices if len(s) == 4}
+    assert len(kept) > 5 and not kept & (matrices | heads_joined)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

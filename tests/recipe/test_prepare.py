@@ -10,7 +10,7 @@ from llama3_jax.recipe.prepare import context_balances, prepare, print_timeline
 from llama3_jax.schema import parse
 
 
-def config(corpora, **mesh) -> RunConfig:
+def config(corpora, validation=None, **mesh) -> RunConfig:
     model = dict(dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=272)
     stages = [
         dict(name="short", tokens=3_000, length=32, batch_tokens=512, mix={"a": 0.5, "b": 0.5},
@@ -19,8 +19,9 @@ def config(corpora, **mesh) -> RunConfig:
     ]  # fmt: skip
     sources = {name: dict(train=str(corpora / name / "train")) for name in "ab"}
     values = dict(
-        model=model, data=dict(sources=sources), stages=stages, checkpoint=dict(every_steps=1)
-    )
+        model=model, data=dict(sources=sources), stages=stages, checkpoint=dict(every_steps=1),
+        validation=validation,
+    )  # fmt: skip
     return parse(RunConfig, values)
 
 
@@ -39,6 +40,12 @@ def test_the_balance_of_context_ranks_is_that_of_the_stages_documents(corpora, c
     assert context_balances(prepare(config(corpora, data=2))) == []
 
 
-def test_a_mesh_that_does_not_divide_a_stages_rows_is_refused_before_anything_is_compiled(corpora):
-    with pytest.raises(UserError, match="length 64 is not divisible by 24: mesh.context=12 cuts"):
+def test_a_mesh_that_does_not_divide_the_rows_is_refused_before_anything_is_compiled(corpora):
+    message = "config.stages.1: length 64 is not divisible by 24: mesh.context=12 cuts a row in"
+    with pytest.raises(UserError, match=message):
         prepare(config(corpora, context=12))
+    validation = dict(every_tokens=1000, tokens=1000, length=36)
+    prepare(config(corpora, validation, context=2))
+    message = "config.validation on the mesh of stage 1: length 36 is not divisible by 8"
+    with pytest.raises(UserError, match=message):
+        prepare(config(corpora, validation, context=4))

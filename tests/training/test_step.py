@@ -189,8 +189,12 @@ def test_counts_of_a_step():
     assert m.documents == 16
 
 
-def test_validation_gives_the_sum_of_losses():
-    mesh = make_mesh(DATA8)
+PIPE = MeshConfig(data=2, pipe=2, context=2, virtual_stages=2)
+
+
+@pytest.mark.parametrize("config", [DATA8, PIPE], ids=["data", "pipe"])
+def test_validation_gives_the_sum_of_losses(config):
+    mesh = make_mesh(config)
     state, batch = init_state(MODEL, OPTIMIZER, mesh, 0), make_batch()
     total, count = compile_validation(MODEL, mesh)(state.params, put_batch(batch, mesh))
     loss, _, _ = gradients(init_params(MODEL, 0), batch)
