@@ -23,12 +23,12 @@ test: $(STAMP)
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m 'not slow and not parity'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not parity'
 
 test-all: $(STAMP)
 	$(BIN)/ruff check -q .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m 'not parity'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity'
 
 # torch's plain wheel brings gigabytes of CUDA: install a CPU build beforehand to avoid that.
 test-parity: $(STAMP)

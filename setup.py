@@ -22,6 +22,7 @@ EXTRAS = {
         # The compiler of the extra `plan`: 0.4 GB, and none of NVIDIA's libraries.
         "jax-cuda13-plugin>=0.10.2; platform_system == 'Linux'",
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "safetensors>=0.5",
     ],

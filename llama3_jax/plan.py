@@ -111,8 +111,14 @@ def print_sum(plans: list[Plan]) -> None:
 def show_search(case: Case, constants: Constants) -> int:
     gpus = FLAGS.gpus or case.mesh.devices
     fitting, looked_at = search(case, gpus, constants)
-    best = fitting[: FLAGS.best]
-    peaks = [compile_case(c.case).peak if FLAGS.compile else None for c in best]
+    best, peaks = [], []
+    for candidate in fitting:
+        peak = compile_case(candidate.case).peak if FLAGS.compile else None
+        if peak is None or peak <= constants.memory:
+            best.append(candidate)
+            peaks.append(peak)
+        if len(best) == FLAGS.best:
+            break
     print(f"{looked_at} layouts of {gpus} GPUs, {len(fitting)} fit by the closed form")
     tables.console().print(tables.search_table(best, peaks))
     if FLAGS.json:
