@@ -6,7 +6,7 @@
 the time of a computing step shows no bubble. Here a layer therefore does not compute, it sleeps:
 --layer_ms forward, and --backward_cost times that backward. Sleeping ranks overlap on any machine,
 and all the rest is what a training step runs: `parallel/pipeline.py` executes the schedule on 8
-ranks, with its buffers, conditionals and exchanges, gradients included. Its peer, measured in turn
+ranks, with its buffers and exchanges, gradients included. Its peer, measured in turn
 with it, has no pipeline: 8 data ranks with all layers each, the same sleeps in all. Measured over
 the peer's time, minus one, is the measured bubble. Beside it stand the simulator's: of ranks that
 wait for nothing but what they need ("free"), that meet their neighbours after every tick ("met", as
