@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Implementation = Literal["reference", "chunked"]
+Implementation = Literal["reference", "chunked", "triton"]
 
 # Finite, so that a row whose every key is masked gives a uniform softmax instead of NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -29,6 +29,31 @@ class Places(NamedTuple):
 
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+
+
+class Spans(NamedTuple):
+    """The mask as a range of keys for each query: indices of the first and last that it sees.
+
+    Padding sees none: its range is empty.
+    """
+
+    first: Int[Array, "B S"]
+    last: Int[Array, "B S"]
+
+
+def make_spans(queries: Places, keys: Places, rows: Int[Array, "S"] | None = None) -> Spans:
+    """Spans of queries that are the keys `rows` (None: all of them, in order).
+
+    Documents must be in order and in one piece, as the packer leaves them.
+    """
+    T = keys.segments.shape[1]
+    rows = jnp.arange(T) if rows is None else rows
+    starts = jnp.diff(keys.segments, axis=1, prepend=-1) != 0
+    first = jax.lax.cummax(jnp.where(starts, jnp.arange(T), 0), axis=1)[:, rows]
+    real = queries.segments > 0
+    last = jnp.broadcast_to(rows, first.shape)
+    spans = Spans(jnp.where(real, first, T), jnp.where(real, last, -1))
+    return jax.tree.map(lambda x: x.astype(jnp.int32), spans)
 
 
 def attention_mask(queries: Places, keys: Places) -> Bool[Array, "B S T"]:
