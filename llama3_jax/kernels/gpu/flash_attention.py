@@ -92,13 +92,19 @@ def _block_spans(first_ptr, last_ptr, rows, S, T):
 
 @triton.jit
 def _key_range(first, last, BLOCK: tl.constexpr):
-    """[start, full_start, full_stop, stop) of a block of queries: the keys in reach of any of
-    them, and in whole blocks from the start those in reach of all."""
+    """The keys in reach of a block of queries, in blocks from the first on: (start, blocks before
+    those that all queries see, how many all see, blocks after)."""
     start = tl.min(first, 0)
-    stop = tl.max(last, 0) + 1
-    full_start = tl.minimum(start + tl.cdiv(tl.max(first, 0) - start, BLOCK) * BLOCK, stop)
-    full_keys = tl.maximum(tl.min(last, 0) + 1 - full_start, 0)
-    return start, full_start, full_start + full_keys // BLOCK * BLOCK, stop
+    keys = tl.maximum(tl.max(last, 0) + 1 - start, 0)
+    before = tl.minimum(tl.cdiv(tl.max(first, 0) - start, BLOCK), tl.cdiv(keys, BLOCK))
+    full = tl.maximum(tl.min(last, 0) + 1 - start - before * BLOCK, 0) // BLOCK
+    return start, before, full, tl.cdiv(keys, BLOCK) - before - full
+
+
+@triton.jit
+def _nth(i, before, full, CUT: tl.constexpr):
+    """The i-th of the blocks that the mask cuts, before and after the full ones; or of the full."""
+    return tl.where(i < before, i, i + full) if CUT else before + i
 
 
 @triton.jit
@@ -112,16 +118,16 @@ def _rows_of(ptr, rows, size, dims, STRIDE: tl.constexpr, CHECK: tl.constexpr):
 
 @triton.jit
 def _attend(
-    out, total, largest, q, k_ptr, v_ptr, first, last, start, stop, T, scale,
-    STRIDE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr,
+    out, total, largest, q, k_ptr, v_ptr, first, last, start, before, full, steps, T,
+    SCALE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [start, stop) to a block's running softmax; CUT: the mask cuts these keys."""
+    """Adds `steps` blocks of keys to the running softmax: those that the mask cuts, or the full."""
     dims, columns = tl.arange(0, D), tl.arange(0, N)
-    for at in tl.range(start, stop, N):
-        keys = at + columns
+    for i in tl.range(0, steps):
+        keys = start + _nth(i, before, full, CUT) * N + columns
         k = _rows_of(k_ptr, keys, T, dims, STRIDE, CUT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
         if CUT:
             seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
             scores = tl.where(seen, scores, _MASKED)
@@ -146,7 +152,7 @@ def _forward_kernel(
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries, dims = block * M + tl.arange(0, M), tl.arange(0, D)
     first, last = _block_spans(first_ptr + row * S, last_ptr + row * S, queries, S, T)
-    start, full_start, full_stop, stop = _key_range(first, last, N)
+    start, before, full, after = _key_range(first, last, N)
 
     offset = ((row * S + block * M) * H + head) * D
     inside = tl.minimum(S - block * M, M)
@@ -157,18 +163,13 @@ def _forward_kernel(
     out = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
     largest = tl.full([M], _MASKED, tl.float32)
-    scale: tl.constexpr = SCALE * _LOG2_E
     out, total, largest = _attend(
-        out, total, largest, q, k_ptr, v_ptr, first, last, start, full_start, T, scale,
-        K * D, D, N, True, PRECISION,
+        out, total, largest, q, k_ptr, v_ptr, first, last, start, before, full, full, T,
+        SCALE * _LOG2_E, K * D, D, N, False, PRECISION,
     )  # fmt: skip
     out, total, largest = _attend(
-        out, total, largest, q, k_ptr, v_ptr, first, last, full_start, full_stop, T, scale,
-        K * D, D, N, False, PRECISION,
-    )  # fmt: skip
-    out, total, largest = _attend(
-        out, total, largest, q, k_ptr, v_ptr, first, last, full_stop, stop, T, scale,
-        K * D, D, N, True, PRECISION,
+        out, total, largest, q, k_ptr, v_ptr, first, last, start, before, full, before + after, T,
+        SCALE * _LOG2_E, K * D, D, N, True, PRECISION,
     )  # fmt: skip
 
     empty = last < first
@@ -185,33 +186,31 @@ def _forward_kernel(
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, delta_ptr, first_ptr, last_ptr, keys,
-    start, stop, scale,
+    dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, delta_ptr, first_ptr, last_ptr, first_key,
+    start, before, full, steps, SCALE: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    CUT: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query blocks [start, stop) of one head send to a block of keys."""
+    """Adds what `steps` blocks of queries of one head send to a block of keys."""
     dims = tl.arange(0, D)
-    for block in tl.range(start, stop):
+    for i in tl.range(0, steps):
+        block = start + _nth(i, before, full, CUT)
         queries = block * M + tl.arange(0, M)
         # Only whole blocks are beyond the mask's reach.
         at = block * M * STRIDE
         q = _rows_of(q_ptr + at, tl.arange(0, M), S - block * M, dims, STRIDE, CUT)
         dout = _rows_of(dout_ptr + at, tl.arange(0, M), S - block * M, dims, STRIDE, CUT)
-        if CUT:
-            first, last = _block_spans(first_ptr, last_ptr, queries, S, T)
-            logsumexp = tl.load(logsumexp_ptr + queries, mask=queries < S, other=0.0)
-            delta = tl.load(delta_ptr + queries, mask=queries < S, other=0.0)
-        else:
-            logsumexp = tl.load(logsumexp_ptr + queries)
-            delta = tl.load(delta_ptr + queries)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        logsumexp = tl.load(logsumexp_ptr + queries, mask=queries < S, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE
         weights = tl.exp2(scores - logsumexp[None, :] * _LOG2_E)
         if CUT:
+            first, last = _block_spans(first_ptr, last_ptr, queries, S, T)
+            keys = first_key + tl.arange(0, N)
             seen = (keys[:, None] >= first[None, :]) & (keys[:, None] <= last[None, :])
             weights = tl.where(seen, weights, 0.0)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + queries, mask=queries < S, other=0.0)
         dscores = weights * (dweights - delta[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -234,25 +233,21 @@ def _keys_kernel(
     first_ptr += row * S
     last_ptr += row * S
     reach_ptr += (row * tl.num_programs(0) + block) * 4
-    start, full_start = tl.load(reach_ptr), tl.load(reach_ptr + 1)
-    full_stop, stop = tl.load(reach_ptr + 2), tl.load(reach_ptr + 3)
-    scale: tl.constexpr = SCALE * _LOG2_E
+    start, before = tl.load(reach_ptr), tl.load(reach_ptr + 1)
+    full, after = tl.load(reach_ptr + 2), tl.load(reach_ptr + 3)
     for member in tl.range(0, H // K):
         head = kv_head * (H // K) + member
         rows = (row * S * H + head) * D
         stats = (row * H + head) * S
         dk, dv = _collect(
             dk, dv, k, v, q_ptr + rows, dout_ptr + rows, logsumexp_ptr + stats, delta_ptr + stats,
-            first_ptr, last_ptr, keys, start, full_start, scale, S, T, H * D, D, M, True, PRECISION,
+            first_ptr, last_ptr, block * N, start, before, full, full, SCALE * _LOG2_E,
+            S, T, H * D, D, M, N, False, PRECISION,
         )  # fmt: skip
         dk, dv = _collect(
             dk, dv, k, v, q_ptr + rows, dout_ptr + rows, logsumexp_ptr + stats, delta_ptr + stats,
-            first_ptr, last_ptr, keys, full_start, full_stop, scale, S, T, H * D, D, M, False,
-            PRECISION,
-        )  # fmt: skip
-        dk, dv = _collect(
-            dk, dv, k, v, q_ptr + rows, dout_ptr + rows, logsumexp_ptr + stats, delta_ptr + stats,
-            first_ptr, last_ptr, keys, full_stop, stop, scale, S, T, H * D, D, M, True, PRECISION,
+            first_ptr, last_ptr, block * N, start, before, full, before + after, SCALE * _LOG2_E,
+            S, T, H * D, D, M, N, True, PRECISION,
         )  # fmt: skip
     at = own + keys[:, None] * (K * D) + dims[None, :]
     tl.store(dk_ptr + at, (dk * SCALE).to(dk_ptr.dtype.element_ty), mask=keys[:, None] < T)
@@ -261,17 +256,17 @@ def _keys_kernel(
 
 @triton.jit
 def _receive(
-    dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, start, stop, T, scale,
-    STRIDE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr,
+    dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, start, before, full, steps, T,
+    SCALE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys [start, stop) send to a block of queries."""
+    """Adds what `steps` blocks of keys send to a block of queries."""
     dims, columns = tl.arange(0, D), tl.arange(0, N)
-    for at in tl.range(start, stop, N):
-        keys = at + columns
+    for i in tl.range(0, steps):
+        keys = start + _nth(i, before, full, CUT) * N + columns
         k = _rows_of(k_ptr, keys, T, dims, STRIDE, CUT)
         v = _rows_of(v_ptr, keys, T, dims, STRIDE, CUT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
         weights = tl.exp2(scores - logsumexp[:, None])
         if CUT:
             seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
@@ -292,7 +287,7 @@ def _queries_kernel(
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries, dims = block * M + tl.arange(0, M), tl.arange(0, D)
     first, last = _block_spans(first_ptr + row * S, last_ptr + row * S, queries, S, T)
-    start, full_start, full_stop, stop = _key_range(first, last, N)
+    start, before, full, after = _key_range(first, last, N)
 
     offset = ((row * S + block * M) * H + head) * D
     inside = tl.minimum(S - block * M, M)
@@ -305,18 +300,13 @@ def _queries_kernel(
     v_ptr += (row * T * K + head // (H // K)) * D
 
     dq = tl.zeros([M, D], tl.float32)
-    scale: tl.constexpr = SCALE * _LOG2_E
     dq = _receive(
-        dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, start, full_start, T, scale,
-        K * D, D, N, True, PRECISION,
+        dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, start, before, full, full, T,
+        SCALE * _LOG2_E, K * D, D, N, False, PRECISION,
     )  # fmt: skip
     dq = _receive(
-        dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, full_start, full_stop, T, scale,
-        K * D, D, N, False, PRECISION,
-    )  # fmt: skip
-    dq = _receive(
-        dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, full_stop, stop, T, scale,
-        K * D, D, N, True, PRECISION,
+        dq, q, dout, logsumexp, delta, k_ptr, v_ptr, first, last, start, before, full,
+        before + after, T, SCALE * _LOG2_E, K * D, D, N, True, PRECISION,
     )  # fmt: skip
     at = offset + tl.arange(0, M)[:, None] * (H * D) + dims[None, :]
     tl.store(dq_ptr + at, (dq * SCALE).to(dq_ptr.dtype.element_ty), mask=queries[:, None] < S)
@@ -387,31 +377,23 @@ _flash.defvjp(_forward, _backward)
 
 
 def query_reach(spans: Spans, keys: int, M: int, N: int) -> Int[Array, "B L 4"]:
-    """[start, full_start, full_stop, stop) for each block of N keys, in blocks of M queries.
-
-    Blocks of queries outside [start, stop) see none of the keys; each query of those inside
-    [full_start, full_stop) sees all of them.
-    """
+    """For each block of N keys, which blocks of M queries see some of it: (the first, how many
+    before those whose every query sees all of it, how many such, how many after)."""
     padding = ((0, 0), (0, -spans.first.shape[1] % M))
-    split = lambda x: x.reshape(len(x), -1, M)  # noqa: E731
-    first_BJM = split(jnp.pad(spans.first, padding, constant_values=keys))
-    last_BJM = split(jnp.pad(spans.last, padding, constant_values=-1))
-    start_L = jnp.arange(0, keys, N)[:, None]
-    stop_L = jnp.minimum(start_L + N, keys)
-
-    def over_queries(x_BJM):
-        return x_BJM[:, None]  # B 1 J, against the keys' L 1
-
-    some = (over_queries(first_BJM.min(-1)) < stop_L) & (over_queries(last_BJM.max(-1)) >= start_L)
-    all_ = (over_queries(first_BJM.max(-1)) <= start_L) & (
-        over_queries(last_BJM.min(-1)) >= start_L + N - 1
-    )
-    J = first_BJM.shape[1]
-    at = jnp.arange(J)
-    start = jnp.where(some, at, J).min(-1)
-    stop = jnp.where(some, at + 1, 0).max(-1)
-    start = jnp.minimum(start, stop)
-    full_start = jnp.minimum(jnp.where(all_, at, J).min(-1), stop)
-    broken = ~all_ & (at >= full_start[..., None])
-    full_stop = jnp.minimum(jnp.where(broken, at, J).min(-1), stop)
-    return jnp.stack([start, full_start, full_stop, stop], axis=-1).astype(jnp.int32)
+    split = lambda x: x.reshape(len(x), 1, -1, M)  # noqa: E731
+    first_B1JM = split(jnp.pad(spans.first, padding, constant_values=keys))
+    last_B1JM = split(jnp.pad(spans.last, padding, constant_values=-1))
+    start_L1 = jnp.arange(0, keys, N)[:, None]
+    stop_L1 = jnp.minimum(start_L1 + N, keys)
+    some_BLJ = (first_B1JM.min(-1) < stop_L1) & (last_B1JM.max(-1) >= start_L1)
+    # A last block with fewer keys is one that the mask cuts.
+    all_BLJ = (first_B1JM.max(-1) <= start_L1) & (last_B1JM.min(-1) >= start_L1 + N - 1)
+    J = some_BLJ.shape[-1]
+    index_J = jnp.arange(J)
+    stop = jnp.where(some_BLJ, index_J + 1, 0).max(-1)
+    start = jnp.minimum(jnp.where(some_BLJ, index_J, J).min(-1), stop)
+    full_start = jnp.minimum(jnp.where(all_BLJ, index_J, J).min(-1), stop)
+    ends_BLJ = ~all_BLJ & (index_J >= full_start[..., None])
+    full_stop = jnp.minimum(jnp.where(ends_BLJ, index_J, J).min(-1), stop)
+    counts = [start, full_start - start, full_stop - full_start, stop - full_stop]
+    return jnp.stack(counts, axis=-1).astype(jnp.int32)
