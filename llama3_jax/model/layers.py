@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llama3_jax.kernels.attention import Places, attention
+from llama3_jax.kernels.attention import Places, Spans, attention
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.rope import apply_rope
@@ -40,14 +40,16 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What every layer shares: RoPE tables, and where queries and keys lie.
 
-    `rows` are the queries' indices among the keys where they are not simply all of them. With a
-    cache, a new key goes to the slot of its position.
+    `rows` are the queries' indices among the keys where they are not simply all of them, `spans`
+    the mask as attention="triton" takes it. With a cache, a new key goes to the slot of its
+    position.
     """
 
     rope: tuple[Array, Array]
     queries: Places
     keys: Places
     rows: Int[Array, "S"] | None = None
+    spans: Spans | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -94,8 +96,9 @@ class Attention(nnx.Module):
             k_BTKD, v_BTKD = cache
             implementation = "reference"  # the others are made for whole rows
         out_BSHD = attention(
-            q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows
-        )
+            q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows,
+            context.spans,
+        )  # fmt: skip
         out_BSHD = checkpoint_name(out_BSHD, "attention_out")
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama3_jax.kernels.attention import Places
+from llama3_jax.kernels.attention import Places, make_spans
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
@@ -100,12 +100,11 @@ def make_context(
 ) -> Context:
     """What all layers share, for this context rank's tokens."""
     queries = Places(positions, segment_ids)
-    return Context(
-        rope_tables(positions, config.rope, config.head_dim),
-        queries,
-        Places(*map(ranks.gather_places, queries)),
-        ranks.row_indices(positions.shape[1]),
-    )
+    keys = Places(*map(ranks.gather_places, queries))
+    rows = ranks.row_indices(positions.shape[1])
+    spans = make_spans(queries, keys, rows) if config.attention == "triton" else None
+    tables = rope_tables(positions, config.rope, config.head_dim)
+    return Context(tables, queries, keys, rows, spans)
 
 
 def embed(

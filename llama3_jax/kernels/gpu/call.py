@@ -106,9 +106,7 @@ def _jax_triton():
             f"Triton kernels need jax-triton and JAX's CUDA plugin ({error}); "
             "pip install 'llama3_jax[gpu]', or choose another implementation"
         ) from None
-    mlir.register_lowering(
-        jax_triton.triton_lib.triton_kernel_call_p, _refuse_cpu, platform="cpu"
-    )
+    mlir.register_lowering(jax_triton.triton_lib.triton_kernel_call_p, _refuse_cpu, platform="cpu")
     return jax_triton
 
 
@@ -165,14 +163,27 @@ def _interpret(kernel, inputs, outputs, grid, constants) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _interpreted_calls() -> Iterator[None]:
-    """A compiled function called by an interpreted one, such as `tl.zeros`, is interpreted too."""
-    compiled = JITFunction.__call__
+    """What the interpreter lacks: calls of compiled functions such as `tl.zeros` from interpreted
+    ones, and products of bfloat16, which it keeps as integers."""
+    builder = interpreter.InterpreterBuilder
+    call, product = JITFunction.__call__, builder.create_dot
     scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    JITFunction.__call__ = lambda self, *args, **kwargs: interpreter.InterpretedFunction(
-        self.fn
-    ).rewrite()(*args, **kwargs)
+
+    def interpreted_call(self, *args, **kwargs):
+        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+
+    def float32_product(self, a, b, *rest):
+        return product(self, _widened(a), _widened(b), *rest)
+
+    JITFunction.__call__, builder.create_dot = interpreted_call, float32_product
     try:
         yield
     finally:
-        JITFunction.__call__ = compiled
+        JITFunction.__call__, builder.create_dot = call, product
         scope.restore()
+
+
+def _widened(x):
+    if x.dtype != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

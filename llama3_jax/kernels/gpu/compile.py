@@ -1,7 +1,7 @@
 """Compiles kernels for a GPU that is not there, and says what of the chip they take.
 
-    launches = launches_of(function, *shapes)        # what a JAX function would launch
-    resources = compile_for_hopper(launches[0])      # registers, spills, shared memory
+launches = launches_of(function, *shapes)        # what a JAX function would launch
+resources = compile_for_hopper(launches[0])      # registers, spills, shared memory
 """
 
 import re
@@ -52,7 +52,9 @@ def compile_for_hopper(launch: Launch) -> Resources:
     """Compiles a launch for compute capability 9.0 as jax-triton does."""
     names = launch.kernel.arg_names
     constants = dict(launch.constants)
-    signature = {name: f"*{_TYPES[dtype]}" for name, dtype in zip(names, launch.dtypes, strict=False)}
+    signature = {
+        name: f"*{_TYPES[dtype]}" for name, dtype in zip(names, launch.dtypes, strict=False)
+    }
     signature |= dict.fromkeys(constants, "constexpr")
     # XLA's buffers are aligned, which vector loads rely on.
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(launch.dtypes))}

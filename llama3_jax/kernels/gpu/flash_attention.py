@@ -23,10 +23,9 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from llama3_jax.errors import UserError
-from llama3_jax.kernels.attention import Spans
+from llama3_jax.kernels.attention import Places, Spans, make_spans
 from llama3_jax.kernels.gpu.call import triton_call
 from llama3_jax.kernels.gpu.tuning import Blocks, blocks_for
-
 
 # Scores of keys that a query may not see; finite, so that no difference of two is NaN.
 _MASKED: tl.constexpr = tl.constexpr(-1e30)
@@ -77,6 +76,20 @@ def flash_attention(
             "2^31; split the row over context or the heads over tensor"
         )
     return _flash(q_BSHD, k_BTKD, v_BTKD, spans, tuning or tuning_for(D, q_BSHD.dtype))
+
+
+def attention(
+    q_BSHD: Float[Array, "B S H D"],
+    k_BTKD: Float[Array, "B T K D"],
+    v_BTKD: Float[Array, "B T K D"],
+    queries: Places,
+    keys: Places,
+    rows: Int[Array, "S"] | None = None,
+    spans: Spans | None = None,
+) -> Float[Array, "B S H D"]:
+    """`flash_attention` with the arguments of `kernels.attention.attention`."""
+    spans = make_spans(queries, keys, rows) if spans is None else spans
+    return flash_attention(q_BSHD, k_BTKD, v_BTKD, spans)[0]
 
 
 # ----------------------------------------------------------------------------------------- forward
