@@ -18,6 +18,11 @@ KERNELS: dict[str, dict[str, str]] = {
         "triton": "gpu.flash_attention:attention",
         "cudnn": "attention:cudnn",
     },
+    "loss": {
+        "reference": "cross_entropy:reference",
+        "chunked": "cross_entropy:chunked",
+        "triton": "gpu.cross_entropy:linear_cross_entropy",
+    },
 }
 _NEED_CUDA = ("triton", "cudnn")
 

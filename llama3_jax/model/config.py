@@ -9,6 +9,8 @@ import pydantic
 
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.attention import Implementation
+from llama3_jax.kernels.cross_entropy import Implementation as LossImplementation
+from llama3_jax.kernels.dispatch import KERNELS
 from llama3_jax.schema import Config
 
 
@@ -47,6 +49,7 @@ class ModelConfig(Config):
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Implementation = "reference"
+    loss: LossImplementation = "reference"
     remat: Literal["none", "full", "save_attention", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
 
@@ -59,6 +62,10 @@ class ModelConfig(Config):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         return self
+
+    def kernels(self) -> dict[str, str]:
+        """Which implementation computes each operation that has several."""
+        return {operation: getattr(self, operation) for operation in KERNELS}
 
     def parameter_count(self, embeddings: bool = True) -> int:
         """Exact number of parameters; without embedding and head when `embeddings` is False."""

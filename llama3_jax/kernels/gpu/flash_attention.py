@@ -64,7 +64,7 @@ def flash_attention(
     Raises:
       UserError: a head dimension that the kernels are not made for, or indices beyond 32 bits.
     """
-    (B, S, H, D), (_, T, K, _) = q_BSHD.shape, k_BTKD.shape
+    (_, S, H, D), (_, T, K, _) = q_BSHD.shape, k_BTKD.shape
     if D not in HEAD_DIMS:
         raise UserError(
             f"attention='triton' takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, not {D}; "
