@@ -197,7 +197,7 @@ in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
 def _run(how: Chunks, hidden_NM, head_MV, targets_N, mask_N, vocabulary, differentiated: bool):
     """((sum, losses), (dhidden, dhead)), the second None where not wanted."""
-    (N, M), V, dtype = hidden_NM.shape, head_MV.shape[1], hidden_NM.dtype
+    N, V, dtype = len(hidden_NM), head_MV.shape[1], hidden_NM.dtype
     C = min(how.rows or _rows_of_a_chunk(V, dtype), -(-N // _CHUNK_ROWS) * _CHUNK_ROWS)
     # The tokens that count come first; the last chunk is filled up with others.
     order_N = jnp.argsort(~mask_N, stable=True)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama3_jax.errors import UserError
-from llama3_jax.model.config import PRESETS, ModelConfig, RopeConfig, RopeScaling, preset
 from llama3_jax.kernels.cross_entropy import token_losses
+from llama3_jax.model.config import PRESETS, ModelConfig, RopeConfig, RopeScaling, preset
 from llama3_jax.model.rope import apply_rope, inverse_frequencies, rope_tables
 from llama3_jax.model.transformer import abstract_params, forward, init_params, logical_axes
 

@@ -108,6 +108,4 @@ class InTiles(NamedTuple):
             C=C, V=V, DIM=M, DEPTH=self.depth, GROUP=_GROUP, KEEP=with_exponentials,
             PRECISION="ieee" if x_CM.dtype == jnp.float32 else "tf32",
         )  # fmt: skip
-        return Tiles(
-            exponentials if with_exponentials else None, largest, total, target.sum(-1)
-        )
+        return Tiles(exponentials if with_exponentials else None, largest, total, target.sum(-1))
