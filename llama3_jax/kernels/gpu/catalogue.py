@@ -16,6 +16,14 @@ from llama3_jax.kernels.gpu.tuning import Blocks, table
 TOKENS, DIM, VOCABULARY, HEADS, KV_HEADS = 8192, 4096, 128_256, 32, 8
 
 
+class Problem(NamedTuple):
+    """A function that launches a kernel with the sizes of one row of its table, and its arguments'
+    shapes."""
+
+    function: Callable
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+
 class Entry(NamedTuple):
     """A row of the tuning table, and what a step with it launches: the kernel's variants."""
 
@@ -33,42 +41,56 @@ def entries() -> Iterator[Entry]:
 
 def entry(kernel: str, row: str, blocks: Blocks) -> Entry:
     """As the table's row, but with these sizes."""
-    return Entry(kernel, row, blocks, tuple(dict.fromkeys(_LAUNCHES[kernel](row, blocks))))
+    problem = PROBLEMS[kernel](row, blocks)
+    launches = launches_of(problem.function, *problem.shapes)
+    own = (x for x in launches if x.kernel is _KERNELS[kernel])
+    return Entry(kernel, row, blocks, tuple(dict.fromkeys(own)))
 
 
 def _shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def _flash(name: str, row: str, blocks: Blocks) -> list[Launch]:
+def _flash(name: str, row: str, blocks: Blocks) -> Problem:
+    """Forward and backward of (q, k, v, first, last), one kernel's sizes replaced."""
     head_dim, dtype = row.split()
     tuning = flash_attention.tuning_for(int(head_dim), jnp.dtype(dtype))
+    tuning = tuning._replace(**{name: blocks})
 
     def run(q, k, v, first, last):
-        changed = tuning._replace(**{name: blocks})
-        return flash_attention.flash_attention(q, k, v, Spans(first, last), changed)[0].sum()
+        return flash_attention.flash_attention(q, k, v, Spans(first, last), tuning)[0].sum()
 
     q = _shape(1, TOKENS, HEADS, int(head_dim), dtype=dtype)
     k = _shape(1, TOKENS, KV_HEADS, int(head_dim), dtype=dtype)
     indices = _shape(1, TOKENS, dtype=jnp.int32)
-    launches = launches_of(jax.grad(run, argnums=(0, 1, 2)), q, k, k, indices, indices)
-    return [x for x in launches if x.kernel.__name__ == f"_{name}_kernel"]
+    function = run if name == "forward" else jax.grad(run, argnums=(0, 1, 2))
+    return Problem(function, (q, k, k, indices, indices))
 
 
-def _cross_entropy(row: str, blocks: Blocks) -> list[Launch]:
+def _cross_entropy(row: str, blocks: Blocks) -> Problem:
+    """Losses of (hidden, head, targets, mask), without and with gradients."""
     how = cross_entropy.InTiles(blocks)
 
     def run(*arrays):
         return cross_entropy.linear_cross_entropy(*arrays, how=how)[0]
 
-    shapes = [
+    def both(*arrays):
+        return run(*arrays), jax.grad(run, argnums=(0, 1))(*arrays)
+
+    shapes = (
         _shape(TOKENS, DIM, dtype=row), _shape(DIM, VOCABULARY, dtype=jnp.float32),
         _shape(TOKENS, dtype=jnp.int32), _shape(TOKENS, dtype=jnp.bool_),
-    ]  # fmt: skip
-    return [*launches_of(run, *shapes), *launches_of(jax.grad(run, argnums=(0, 1)), *shapes)]
+    )  # fmt: skip
+    return Problem(both, shapes)
 
 
-_LAUNCHES: dict[str, Callable[[str, Blocks], list[Launch]]] = {
+_KERNELS = {
+    "flash_forward": flash_attention._forward_kernel,
+    "flash_keys": flash_attention._keys_kernel,
+    "flash_queries": flash_attention._queries_kernel,
+    "cross_entropy": cross_entropy._tile_kernel,
+}
+PROBLEMS: dict[str, Callable[[str, Blocks], Problem]] = {
     **{f"flash_{name}": functools.partial(_flash, name) for name in ("forward", "keys", "queries")},
     "cross_entropy": _cross_entropy,
 }
