@@ -23,6 +23,18 @@ KERNELS: dict[str, dict[str, str]] = {
         "chunked": "cross_entropy:chunked",
         "triton": "gpu.cross_entropy:linear_cross_entropy",
     },
+    "norm": {
+        "reference": "pointwise:reference_add_norm",
+        "triton": "gpu.pointwise:add_norm",
+    },
+    "rotary": {
+        "reference": "pointwise:reference_rotate",
+        "triton": "gpu.pointwise:rotate",
+    },
+    "swiglu": {
+        "reference": "pointwise:reference_swiglu",
+        "triton": "gpu.pointwise:swiglu",
+    },
 }
 _NEED_CUDA = ("triton", "cudnn")
 

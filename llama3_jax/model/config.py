@@ -11,6 +11,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.kernels.attention import Implementation
 from llama3_jax.kernels.cross_entropy import Implementation as LossImplementation
 from llama3_jax.kernels.dispatch import KERNELS
+from llama3_jax.kernels.pointwise import Implementation as PointwiseImplementation
 from llama3_jax.schema import Config
 
 
@@ -50,6 +51,9 @@ class ModelConfig(Config):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Implementation = "reference"
     loss: LossImplementation = "reference"
+    norm: PointwiseImplementation = "reference"
+    rotary: PointwiseImplementation = "reference"
+    swiglu: PointwiseImplementation = "reference"
     remat: Literal["none", "full", "save_attention", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
 

@@ -17,7 +17,7 @@ from tests.parallel.equivalence import (
 )
 
 SMALL = MODEL.model_copy(update=dict(layers=2, heads=4, kv_heads=2, head_dim=16))
-KERNELS = dict(attention="triton", loss="triton")
+KERNELS = dict.fromkeys(("attention", "loss", "norm", "rotary", "swiglu"), "triton")
 # data, pipe, context, tensor
 MESHES = [
     pytest.param((1, 2, 2, 2), dict(remat="full"), id="pipe, context, tensor"),

@@ -164,9 +164,9 @@ def _interpret(kernel, inputs, outputs, grid, constants) -> list[np.ndarray]:
 @contextlib.contextmanager
 def _interpreted_calls() -> Iterator[None]:
     """What the interpreter lacks: calls of compiled functions such as `tl.zeros` from interpreted
-    ones, and products of bfloat16, which it keeps as integers."""
+    ones, and bfloat16, which it keeps as integers, rounds towards zero and cannot multiply."""
     builder = interpreter.InterpreterBuilder
-    call, product = JITFunction.__call__, builder.create_dot
+    call, product, cast = JITFunction.__call__, builder.create_dot, builder.cast_impl
     scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
     def interpreted_call(self, *args, **kwargs):
@@ -175,11 +175,19 @@ def _interpreted_calls() -> Iterator[None]:
     def float32_product(self, a, b, *rest):
         return product(self, _widened(a), _widened(b), *rest)
 
-    JITFunction.__call__, builder.create_dot = interpreted_call, float32_product
+    def rounding_cast(self, x, target):
+        if x.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = x.data.astype(jax.numpy.bfloat16).view(np.uint16)
+            return interpreter.TensorHandle(rounded, tl.bfloat16)
+        return cast(self, x, target)
+
+    JITFunction.__call__ = interpreted_call
+    builder.create_dot, builder.cast_impl = float32_product, rounding_cast
     try:
         yield
     finally:
-        JITFunction.__call__, builder.create_dot = call, product
+        JITFunction.__call__ = call
+        builder.create_dot, builder.cast_impl = product, cast
         scope.restore()
 
 
