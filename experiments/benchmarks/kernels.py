@@ -304,7 +304,7 @@ def resources_table(kernels: list[str] | None) -> tuple[Table, bool]:
     for column in ("kernel", "row"):
         table.add_column(column)
     for column in ("M x N", "warps", "stages", "registers", "spilled B", "shared B", "fits"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     all_fit = True
     for entry in entries():
         if kernels and entry.kernel not in kernels:
@@ -312,11 +312,12 @@ def resources_table(kernels: list[str] | None) -> tuple[Table, bool]:
         for launch in entry.launches:
             taken = compile_for_hopper(launch)
             all_fit &= taken.fits
-            M, N, warps, stages = entry.blocks
+            name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+            size = f"{entry.blocks.M} x {entry.blocks.N}" if entry.blocks else "-"
             table.add_row(
-                entry.kernel, entry.row, f"{M} x {N}", str(warps), str(stages),
-                str(taken.registers), str(taken.spilled_bytes), f"{taken.shared_bytes:,}",
-                "yes" if taken.fits else "NO",
+                f"{entry.kernel}: {name}", entry.row, size,
+                str(launch.num_warps), str(launch.num_stages), str(taken.registers),
+                str(taken.spilled_bytes), f"{taken.shared_bytes:,}", "yes" if taken.fits else "NO",
             )  # fmt: skip
     return table, all_fit
 
@@ -330,7 +331,7 @@ def define_flags() -> None:
 
 
 def main(_) -> int:
-    console = Console(width=110)
+    console = Console(width=120)
     if FLAGS.compile_only:
         table, all_fit = resources_table(FLAGS.kernel)
         console.print(table)

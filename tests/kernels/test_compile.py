@@ -28,11 +28,11 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize(
     "kernel, row, blocks, launches", ENTRIES, ids=[" ".join(e[:2]) for e in ENTRIES]
 )
-def test_every_row_of_the_tuning_table_fits(kernel, row, blocks, launches):
+def test_every_kernel_and_row_of_its_table_fits(kernel, row, blocks, launches):
     assert launches
     for launch in launches:
         resources = compile_for_hopper(launch)
-        assert resources.registers > 0 and resources.shared_bytes > 0
+        assert resources.registers > 0
         assert resources.fits, resources
 
 

@@ -1,4 +1,5 @@
-"""Every kernel in every row of the tuning table, at the shapes of the 8B model's step."""
+"""Every kernel at the shapes of the 8B model's step: in every row of the tuning table, and those
+whose sizes follow from the shapes also at the widths of the 70B and 405B models."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from llama3_jax.kernels.attention import Spans
-from llama3_jax.kernels.gpu import cross_entropy, flash_attention
+from llama3_jax.kernels.gpu import cross_entropy, flash_attention, pointwise
 from llama3_jax.kernels.gpu.call import Launch
 from llama3_jax.kernels.gpu.compile import launches_of
 from llama3_jax.kernels.gpu.tuning import Blocks, table
 
 TOKENS, DIM, VOCABULARY, HEADS, KV_HEADS = 8192, 4096, 128_256, 32, 8
+WIDTHS = (4096, 8192, 16_384)
 
 
 class Problem(NamedTuple):
@@ -25,11 +27,12 @@ class Problem(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A row of the tuning table, and what a step with it launches: the kernel's variants."""
+    """What a step launches of a kernel, all its variants, with the sizes of one row of its table
+    (None: it has no table)."""
 
     kernel: str
     row: str
-    blocks: Blocks
+    blocks: Blocks | None
     launches: tuple[Launch, ...]
 
 
@@ -37,6 +40,8 @@ def entries() -> Iterator[Entry]:
     for kernel, rows in table()["kernels"].items():
         for row, sizes in rows.items():
             yield entry(kernel, row, Blocks(**sizes))
+    for width in WIDTHS:
+        yield _pointwise(width)
 
 
 def entry(kernel: str, row: str, blocks: Blocks) -> Entry:
@@ -82,6 +87,22 @@ def _cross_entropy(row: str, blocks: Blocks) -> Problem:
         _shape(TOKENS, dtype=jnp.int32), _shape(TOKENS, dtype=jnp.bool_),
     )  # fmt: skip
     return Problem(both, shapes)
+
+
+def _pointwise(width: int) -> Entry:
+    def run(x, update, scale, q, k, cos, sin, gate, up):
+        total, normed = pointwise.add_norm(x, update, scale, 1e-5)
+        alone = pointwise.add_norm(x, None, scale, 1e-5)
+        turned = pointwise.rotate(q, k, (cos, sin))
+        results = (total, normed, *alone, *turned, pointwise.swiglu(gate, up))
+        return sum(x.astype(jnp.float32).sum() for x in results)
+
+    x, scale = _shape(TOKENS, width), _shape(width, dtype=jnp.float32)
+    q, k = (_shape(1, TOKENS, heads, 128) for heads in (width // 128, KV_HEADS))
+    table, inner = _shape(1, TOKENS, 64, dtype=jnp.float32), _shape(TOKENS, 3 * width)
+    gradient = jax.grad(run, argnums=(0, 1, 2, 3, 4, 7, 8))
+    launches = launches_of(gradient, x, x, scale, q, k, table, table, inner, inner)
+    return Entry("pointwise", f"{width} bfloat16", None, tuple(dict.fromkeys(launches)))
 
 
 _KERNELS = {

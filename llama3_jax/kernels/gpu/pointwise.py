@@ -63,7 +63,6 @@ def _norm_gradient_kernel(
 ):  # fmt: skip
     program, columns = tl.program_id(0), tl.arange(0, WIDTH)
     inside = columns < M
-    scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
     dscale = tl.zeros([WIDTH], tl.float32)
     for step in tl.range(0, tl.cdiv(N - program, P)):
         row = program + step * P
@@ -73,7 +72,8 @@ def _norm_gradient_kernel(
         unit *= inverse
         g = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dscale += g * unit
-        g *= scale
+        # Read anew for each row: of 16,384 columns there are no registers to keep it in.
+        g *= tl.load(scale_ptr + columns, mask=inside, other=0.0)
         dx = inverse * (g - unit * (tl.sum(g * unit, 0) / M))
         dx += tl.load(dtotal_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
