@@ -21,13 +21,18 @@ EXTRAS = {
         "import-linter>=2.1",
         # The compiler of the extra `plan`: 0.4 GB, and none of NVIDIA's libraries.
         "jax-cuda13-plugin>=0.10.2; platform_system == 'Linux'",
+        "jax-triton>=0.3.1; platform_system == 'Linux'",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
         "safetensors>=0.5",
+        # The kernels in Triton's interpreter, and compiled for the chip on any machine.
+        "triton>=3.6; platform_system == 'Linux'",
     ],
-    # XLA's compiler for GPUs, to plan runs on a machine that has none.
-    "plan": ["jax-cuda13-plugin>=0.10.2"],
+    # The kernels on an NVIDIA GPU.
+    "gpu": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
+    # XLA's and Triton's compilers for GPUs, to plan runs on a machine that has none.
+    "plan": ["jax-cuda13-plugin>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
     # Live comparison with the reference implementation; torch should be a CPU build.
     "parity": ["torch>=2.6", "transformers>=4.46"],
 }

@@ -23,6 +23,7 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
+from llama3_jax.kernels import dispatch
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
@@ -74,6 +75,7 @@ def train(run: Run, workdir: Path) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
+    dispatch.check(model.kernels(), jax.default_backend())
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
@@ -113,12 +115,13 @@ def train(run: Run, workdir: Path) -> int:
     )
     peak, peak_source = peak_flops()
     progress.say(
-        f"{model.parameter_count():,} parameters, attention={model.attention}, "
-        f"{model.dtype}, {jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
+        f"{model.parameter_count():,} parameters, {model.dtype}, "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
         f"{jax.process_count()} process(es); MFU against {peak:.3g} FLOP/s ({peak_source})"
     )
     for line in context_balances(run) if writes else ():
         progress.say(line)
+    progress.say(f"kernels: {dispatch.describe(model.kernels())}")
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)

@@ -2,7 +2,9 @@
 
 `reference` is the definition, in plain JAX. `chunked` computes the same a chunk of queries at a
 time, without the scores of keys that come after the chunk, and recomputes probabilities in the
-backward pass: less memory, and several times faster on CPU.
+backward pass: less memory, and several times faster on CPU. For GPUs there are "triton"
+(gpu/flash_attention.py), whose work is that of the documents, and "cudnn", which takes the mask as a
+dense array [B, S, T] and computes all of it.
 
 Shapes: B batch, S query length, T key length, H query heads, K KV heads, G = H / K, D head dim,
 N = G x rows of a chunk.
@@ -14,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Implementation = Literal["reference", "chunked"]
+from llama3_jax.kernels.dispatch import resolve
+
+Implementation = Literal["reference", "chunked", "triton", "cudnn"]
 
 # Finite, so that a row whose every key is masked gives a uniform softmax instead of NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -29,6 +33,31 @@ class Places(NamedTuple):
 
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+
+
+class Spans(NamedTuple):
+    """The mask as a range of keys for each query: indices of the first and last that it sees.
+
+    Padding sees none: its range is empty.
+    """
+
+    first: Int[Array, "B S"]
+    last: Int[Array, "B S"]
+
+
+def make_spans(queries: Places, keys: Places, rows: Int[Array, "S"] | None = None) -> Spans:
+    """Spans of queries that are the keys `rows` (None: all of them, in order).
+
+    Documents must be in order and in one piece, as the packer leaves them.
+    """
+    T = keys.segments.shape[1]
+    rows = jnp.arange(T) if rows is None else rows
+    starts = jnp.diff(keys.segments, axis=1, prepend=-1) != 0
+    first = jax.lax.cummax(jnp.where(starts, jnp.arange(T), 0), axis=1)[:, rows]
+    real = queries.segments > 0
+    last = jnp.broadcast_to(rows, first.shape)
+    spans = Spans(jnp.where(real, first, T), jnp.where(real, last, -1))
+    return jax.tree.map(lambda x: x.astype(jnp.int32), spans)
 
 
 def attention_mask(queries: Places, keys: Places) -> Bool[Array, "B S T"]:
@@ -50,21 +79,25 @@ def attention(
     keys: Places,
     implementation: Implementation = "reference",
     rows: Int[Array, "S"] | None = None,
+    spans: Spans | None = None,
 ) -> Float[Array, "B S H D"]:
     """Softmax attention, scores and softmax in float32, result in `q.dtype`.
 
     `rows` are the indices of the queries among the keys; None: they are all of them, in order.
     `chunked` needs documents in order: a key later in the array than a query is never in its past.
-    What padding (segment 0) attends to differs between the two, and is for nobody to use.
+    "triton" needs them in one piece too; `spans` spares it making them of places and rows.
+    What padding (segment 0) attends to differs between them, and is for nobody to use.
+
+    Raises:
+      UserError: the implementation is unknown, not installed, or not made for such heads.
     """
-    if implementation == "chunked" and rows is None:
-        return _chunked(q_BSHD, k_BTKD, v_BTKD, queries)
-    if implementation == "chunked":
-        return _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries, keys)
-    return _reference(q_BSHD, k_BTKD, v_BTKD, queries, keys)
+    compute = resolve("attention", implementation)
+    return compute(q_BSHD, k_BTKD, v_BTKD, queries, keys, rows, spans)
 
 
-def _reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Array:
+def reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):
+    """The definition. Arguments and result as for `attention`."""
+    del rows, spans
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
     mask_BST = attention_mask(queries, keys)
@@ -76,6 +109,23 @@ def _reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Array:
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHD.dtype)
     out_BSKGD = jnp.einsum("BKGST,BTKD->BSKGD", weights_BKGST, v_BTKD)
     return out_BSKGD.reshape(B, S, H, D)
+
+
+def cudnn(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):
+    """cuDNN's fused attention through JAX. Arguments and result as for `attention`."""
+    del rows, spans
+    mask_BST = attention_mask(queries, keys)
+    return jax.nn.dot_product_attention(
+        q_BSHD, k_BTKD, v_BTKD, mask=mask_BST[:, None], implementation="cudnn"
+    )
+
+
+def chunked(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):
+    """A chunk of queries at a time. Arguments and result as for `attention`."""
+    del spans
+    if rows is None:
+        return _chunked(q_BSHD, k_BTKD, v_BTKD, queries)
+    return _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries, keys)
 
 
 def _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Array:
@@ -92,7 +142,7 @@ def _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Arra
     @jax.checkpoint
     def attend(chunk):
         q, positions, segments = chunk
-        return _reference(q, k_BTKD, v_BTKD, Places(positions, segments), keys)
+        return reference(q, k_BTKD, v_BTKD, Places(positions, segments), keys)
 
     out = jax.lax.map(attend, (chunks(q_BSHD), chunks(queries.positions), chunks(queries.segments)))
     return out.swapaxes(0, 1).reshape(q_BSHD.shape)

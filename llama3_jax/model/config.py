@@ -9,6 +9,9 @@ import pydantic
 
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.attention import Implementation
+from llama3_jax.kernels.cross_entropy import Implementation as LossImplementation
+from llama3_jax.kernels.dispatch import KERNELS
+from llama3_jax.kernels.pointwise import Implementation as PointwiseImplementation
 from llama3_jax.schema import Config
 
 
@@ -50,6 +53,10 @@ class ModelConfig(Config):
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Implementation = "reference"
+    loss: LossImplementation = "reference"
+    norm: PointwiseImplementation = "reference"
+    rotary: PointwiseImplementation = "reference"
+    swiglu: PointwiseImplementation = "reference"
     remat: Literal["none", "full", "save_attention", "save_products", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
 
@@ -62,6 +69,10 @@ class ModelConfig(Config):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         return self
+
+    def kernels(self) -> dict[str, str]:
+        """Which implementation computes each operation that has several."""
+        return {operation: getattr(self, operation) for operation in KERNELS}
 
     def parameter_count(self, embeddings: bool = True) -> int:
         """Exact number of parameters; without embedding and head when `embeddings` is False."""

@@ -16,10 +16,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llama3_jax.kernels.attention import Places, attention
+from llama3_jax.kernels.attention import Places, Spans, attention
 from llama3_jax.kernels.linear import linear
+from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.rope import apply_rope
 from llama3_jax.parallel.ranks import ALONE, Ranks
 
 
@@ -40,27 +40,33 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What every layer shares: RoPE tables, and where queries and keys lie.
 
-    `rows` are the queries' indices among the keys where they are not simply all of them. With a
-    cache, a new key goes to the slot of its position.
+    `rows` are the queries' indices among the keys where they are not simply all of them, `spans`
+    the mask as attention="triton" takes it. With a cache, a new key goes to the slot of its
+    position.
     """
 
     rope: tuple[Array, Array]
     queries: Places
     keys: Places
     rows: Int[Array, "S"] | None = None
+    spans: Spans | None = None
 
 
 class RMSNorm(nnx.Module):
     """Root mean square norm (Zhang & Sennrich 2019), in float32, returned in the input's dtype."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.eps = config.norm_eps
+        self.eps, self.implementation = config.norm_eps, config.norm
         self.scale = parameter(rngs, (config.dim,), ("norm",), std=0)
 
     def __call__(self, x: Float[Array, "B s M"]) -> Float[Array, "B s M"]:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        return add_norm(x, None, self.scale[...], self.eps, self.implementation)[1]
+
+    def after_adding(
+        self, x: Float[Array, "B s M"], update: Float[Array, "B s M"]
+    ) -> tuple[Float[Array, "B s M"], Float[Array, "B s M"]]:
+        """x + update, and its norm."""
+        return add_norm(x, update, self.scale[...], self.eps, self.implementation)
 
 
 class Attention(nnx.Module):
@@ -75,7 +81,7 @@ class Attention(nnx.Module):
         self.key = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
         self.value = parameter(rngs, (M, K, D), ("embed", "kv_heads", "head_dim"), std)
         self.out = parameter(rngs, (H, D, M), ("heads", "head_dim", "embed"), out_std)
-        self.implementation, self.kv_heads = config.attention, K
+        self.implementation, self.rotary, self.kv_heads = config.attention, config.rotary, K
 
     def __call__(
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
@@ -85,9 +91,8 @@ class Attention(nnx.Module):
         q_BSHD, k_BSKD, v_BSKD = (
             checkpoint_name(_to_heads(x_BSM, w), "product") for w in (self.query[...], key, value)
         )
-        q_BSHD = apply_rope(q_BSHD, context.rope)
-        k_BTKD = ranks.gather_keys(apply_rope(k_BSKD, context.rope))
-        v_BTKD = ranks.gather_keys(v_BSKD)
+        q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, context.rope, self.rotary)
+        k_BTKD, v_BTKD = ranks.gather_keys(k_BSKD), ranks.gather_keys(v_BSKD)
         implementation = self.implementation
         if cache is not None:
             rows, slots = jnp.arange(x_BSM.shape[0])[:, None], context.queries.positions
@@ -97,8 +102,9 @@ class Attention(nnx.Module):
             k_BTKD, v_BTKD = cache
             implementation = "reference"  # the others are made for whole rows
         out_BSHD = attention(
-            q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows
-        )
+            q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows,
+            context.spans,
+        )  # fmt: skip
         out_BSHD = checkpoint_name(out_BSHD, "attention_out")
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)
@@ -121,32 +127,15 @@ class FeedForward(nnx.Module):
         self.gate = parameter(rngs, (M, F), ("embed", "mlp"), std)
         self.up = parameter(rngs, (M, F), ("embed", "mlp"), std)
         self.down = parameter(rngs, (F, M), ("mlp", "embed"), out_std)
+        self.swiglu = config.swiglu
 
     def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
         x_BSM = ranks.gather_sequence(x_BsM)
         gate_BSF, up_BSF = (
             checkpoint_name(linear(x_BSM, w[...]), "product") for w in (self.gate, self.up)
         )
-        return ranks.scatter_sequence(linear(_swiglu(gate_BSF, up_BSF), self.down[...]))
-
-
-@jax.custom_vjp
-def _swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) up, with a gradient by hand: it keeps its two inputs and no value between them."""
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_forward(gate, up):
-    return _swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(saved, g):
-    gate, up = saved
-    sigmoid = jax.nn.sigmoid(gate)
-    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+        inner_BSF = swiglu(gate_BSF, up_BSF, self.swiglu)
+        return ranks.scatter_sequence(linear(inner_BSF, self.down[...]))
 
 
 class Block(nnx.Module):
@@ -167,5 +156,6 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x = checkpoint_name(x, "block_input")
         attended, cache = self.attention(self.attention_norm(x), context, cache, ranks)
-        x = checkpoint_name(x + attended, "product")
-        return x + self.ffn(self.ffn_norm(x), ranks), cache
+        x, normed = self.ffn_norm.after_adding(x, attended)
+        x = checkpoint_name(x, "product")
+        return x + self.ffn(normed, ranks), cache

@@ -39,14 +39,3 @@ def rope_tables(
         inverse_frequencies(rope, head_dim), jnp.float32
     )
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(
-    x: Float[Array, "batch length heads head_dim"],
-    tables: tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]],
-) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates queries or keys; computed in float32, returned in `x.dtype`."""
-    cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from llama3_jax.kernels.attention import Places
+from llama3_jax.kernels.attention import Places, make_spans
+from llama3_jax.kernels.cross_entropy import linear_cross_entropy
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
-from llama3_jax.model.loss import token_losses
 from llama3_jax.model.rope import rope_tables
 from llama3_jax.parallel.ranks import ALONE, Ranks
 
@@ -101,12 +101,11 @@ def make_context(
 ) -> Context:
     """What all layers share, for this context rank's tokens."""
     queries = Places(positions, segment_ids)
-    return Context(
-        rope_tables(positions, config.rope, config.head_dim),
-        queries,
-        Places(*map(ranks.gather_places, queries)),
-        ranks.row_indices(positions.shape[1]),
-    )
+    keys = Places(*map(ranks.gather_places, queries))
+    rows = ranks.row_indices(positions.shape[1])
+    spans = make_spans(queries, keys, rows) if config.attention == "triton" else None
+    tables = rope_tables(positions, config.rope, config.head_dim)
+    return Context(tables, queries, keys, rows, spans)
 
 
 def embed(
@@ -192,13 +191,17 @@ def head_losses(
     params: Params,
     x: Float[Array, "batch part dim"],
     targets: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
     ranks: Ranks = ALONE,
-) -> Float[Array, "batch length"]:
-    """Each token's loss in nats; `params` hold final_norm, and head or (tied) embedding."""
+) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
+    """The sum of the masked losses in nats, which has a gradient, and each token's part of it.
+
+    `params` hold final_norm, and head or (tied) embedding.
+    """
     norm = nnx.merge(*_abstract_norm(config, params["final_norm"]))
     hidden = ranks.gather_sequence(norm(x))
     head = params["embedding"].T if config.tied_head else params["head"]
-    return token_losses(project(hidden, head), targets, ranks)
+    return linear_cross_entropy(hidden, head, targets, mask, config.loss, ranks)
 
 
 def project(

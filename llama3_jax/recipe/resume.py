@@ -5,12 +5,13 @@ from typing import Any
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.kernels.dispatch import KERNELS
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.checkpoint import model_metadata
 
 # How the model is computed may change at a resume; what it is may not.
-_FREE_MODEL_KEYS = ("dtype", "attention", "remat", "layer_unroll", "init_std", "rope")
+_FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
 # A batch means the same whatever mesh it is spread over and however it is cut.
 _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens")
 

@@ -76,14 +76,16 @@ class _Model(NamedTuple):
     def last(self, weights: Weights, x: Array, shared: _Shared) -> tuple[Array, LossSums]:
         params = self.fsdp.open(weights, {k: self.dims[k] for k in weights.variables})
         batch = shared.batch
-        losses = transformer.head_losses(self.config, params, x, batch["targets"], self.ranks)
-        mask = batch["loss_mask"].astype(jnp.float32)
-        row_sums = jnp.sum(losses * mask, axis=1)
+        mask = batch["loss_mask"]
+        total, losses = transformer.head_losses(
+            self.config, params, x, batch["targets"], mask, self.ranks
+        )
+        row_sums = jnp.sum(losses, axis=1)
         by_source = functools.partial(
             jax.ops.segment_sum, segment_ids=batch["source"], num_segments=self.sources
         )
-        total = jnp.sum(row_sums)
-        return total, LossSums(total, by_source(row_sums), by_source(jnp.sum(mask, axis=1)))
+        tokens = jnp.sum(mask, axis=1, dtype=jnp.float32)
+        return total, LossSums(total, by_source(row_sums), by_source(tokens))
 
     @property
     def last_keys(self) -> tuple[str, ...]:

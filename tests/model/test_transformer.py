@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama3_jax.errors import UserError
+from llama3_jax.kernels.cross_entropy import token_losses
+from llama3_jax.kernels.pointwise import rotate
 from llama3_jax.model.config import PRESETS, ModelConfig, RopeConfig, RopeScaling, preset
-from llama3_jax.model.loss import token_losses
-from llama3_jax.model.rope import apply_rope, inverse_frequencies, rope_tables
+from llama3_jax.model.rope import inverse_frequencies, rope_tables
 from llama3_jax.model.transformer import abstract_params, forward, init_params, logical_axes
 
 TINY = ModelConfig(
@@ -157,7 +158,8 @@ class TestRope:
         x, positions = random.normal(size=(2, 6, 3, 16)), random.integers(0, 5000, (2, 6))
         angles = positions[..., None, None] * inverse_frequencies(rope, 16)
         turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * angles)
-        ours = apply_rope(jnp.float32(x), rope_tables(jnp.asarray(positions), rope, 16))
+        tables = rope_tables(jnp.asarray(positions), rope, 16)
+        ours, _ = rotate(jnp.float32(x), jnp.float32(x), tables)
         np.testing.assert_allclose(ours[..., :8], turned.real, atol=2e-3)
         np.testing.assert_allclose(ours[..., 8:], turned.imag, atol=2e-3)
 

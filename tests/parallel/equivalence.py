@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama3_jax.kernels.cross_entropy import token_losses
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.loss import token_losses
 from llama3_jax.model.transformer import forward, init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch

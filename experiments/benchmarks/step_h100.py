@@ -1,0 +1,326 @@
+"""A whole training step on one NVIDIA GPU against the same model in torch.
+
+    python -m experiments.benchmarks.step_h100                # as many layers as fit, ours and torch's
+    python -m experiments.benchmarks.step_h100 --layers=2 --attention=cudnn --loss=chunked
+
+The width is the 8B model's (dim 4096, 32/8 heads, vocabulary 128,256), one row of 8,192 tokens of
+packed documents of 1.5K tokens on average, bfloat16 products, AdamW in float32. Ours is
+`llama3_jax.training.step.compile_step` as a run uses it. Torch's is the same network written with
+its own layers under `torch.compile`, FlexAttention with the compiled document mask, fused AdamW,
+float32 parameters under bfloat16 autocast.
+
+Layers: the most for which the compiler's own account of memory stays under the device's, with a
+tenth to spare; fewer where torch, which keeps all activations, runs out of memory with as many. Each side is timed alone in a process of its own, because
+neither fits beside the other, ours and torch's in turn (`--rounds`); ratios are of neighbours.
+MFU is against the data sheet's peak, by the three accountings of `model/flops.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.benchmarks import gpu
+from llama3_jax import cli
+from llama3_jax.errors import UserError
+from llama3_jax.kernels import dispatch
+from llama3_jax.model.config import ModelConfig, preset
+from llama3_jax.model.flops import ACCOUNTINGS, training_flops
+from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.training.hardware import peak_flops
+from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.step import abstract_canonical, compile_step, init_state
+
+LENGTH, MEAN_DOCUMENT, LEARNING_RATE = 8192, 1536, 1e-4
+OURS, TORCH = SIDES = ("ours", "torch")
+WARM_UP, STEPS = 3, 10
+SPARE = 0.1
+OUT_OF_MEMORY = 4
+
+FLAGS = flags.FLAGS
+
+
+def documents() -> list[int]:
+    return gpu.document_lengths(LENGTH, MEAN_DOCUMENT, np.random.default_rng(0))
+
+
+def make_batch(vocabulary: int) -> dict[str, np.ndarray]:
+    """One packed row; a document's last token predicts nothing."""
+    lengths = documents()
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, LENGTH + 1), dtype=np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    mask = np.ones((1, LENGTH), bool)
+    mask[0, np.cumsum(lengths) - 1] = False
+    return dict(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=positions,
+        segment_ids=np.repeat(np.arange(len(lengths)) + 1, lengths)[None].astype(np.int32),
+        loss_mask=mask, source=np.zeros(1, np.int32), cut=np.zeros(1, np.int32),
+    )  # fmt: skip
+
+
+def model_config(layers: int, **changes: Any) -> ModelConfig:
+    """The 8B model with fewer layers."""
+    return preset("8B", layers=layers, **changes)
+
+
+def compiled_step(config: ModelConfig):
+    """The compiled step, its shapes alone needed, and the batch on the device."""
+    layout, optimizer = make_mesh(MeshConfig()), OptimizerConfig()
+    batch = put_batch(make_batch(config.vocab_size), layout)
+    state = abstract_canonical(config, optimizer, layout)
+    step = compile_step(config, optimizer, layout, micro_batches=1, sources=1)
+    return step.lower(state, batch, np.float32(LEARNING_RATE)).compile(), batch, layout, optimizer
+
+
+def needed_bytes(compiled) -> int:
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )  # fmt: skip
+
+
+def most_layers(fits, most: int = 32) -> int:
+    """The largest number of layers that fits; `fits` is monotone.
+
+    Raises:
+      UserError: not even one layer fits.
+    """
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    if low == 0:
+        raise UserError("not even one layer fits this device's memory")
+    return low
+
+
+def our_side(config: ModelConfig) -> dict[str, Any]:
+    compiled, batch, layout, optimizer = compiled_step(config)
+    state, rate = init_state(config, optimizer, layout, 0), np.float32(LEARNING_RATE)
+    losses, times = [], []
+    for _ in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch, rate)
+        losses.append(float(metrics.loss))
+        times.append(time.perf_counter() - start)
+    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    return dict(
+        seconds=times[WARM_UP:],
+        losses=losses,
+        peak_bytes=peak,
+        forecast_bytes=needed_bytes(compiled),
+    )
+
+
+def torch_side(config: ModelConfig) -> dict[str, Any]:
+    import torch
+    from torch import nn
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.functional import cross_entropy, silu
+
+    H, K, D, M, F = (
+        config.heads, config.kv_heads, config.head_dim, config.dim, config.ffn_dim,
+    )  # fmt: skip
+    batch = {k: torch.from_numpy(v).cuda() for k, v in make_batch(config.vocab_size).items()}
+    segments = batch["segment_ids"][0]
+
+    def visible(b, h, query, key):
+        return (query >= key) & (segments[query] == segments[key])
+
+    mask = create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
+    speeds = config.rope.theta ** (-torch.arange(0, D, 2, device="cuda") / D)
+    angles = batch["positions"][0][:, None] * speeds
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x):
+        first, second = x.float().chunk(2, -1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat(turned, -1).to(x.dtype)
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(M))
+
+        def forward(self, x):
+            x32 = x.float()
+            inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + config.norm_eps)
+            return (x32 * inverse * self.scale).to(x.dtype)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(Norm() for _ in range(2))
+            self.qkv = nn.Linear(M, (H + 2 * K) * D, bias=False)
+            self.out = nn.Linear(H * D, M, bias=False)
+            self.gate_up = nn.Linear(M, 2 * F, bias=False)
+            self.down = nn.Linear(F, M, bias=False)
+
+        def forward(self, x):
+            qkv = self.qkv(self.norms[0](x)).view(1, LENGTH, H + 2 * K, D).transpose(1, 2)
+            q, k, v = qkv.split((H, K, K), 1)
+            attended = flex_attention(rotate(q), rotate(k), v, block_mask=mask, enable_gqa=True)
+            x = x + self.out(attended.transpose(1, 2).reshape(1, LENGTH, H * D))
+            gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+            return x + self.down(silu(gate) * up)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(config.vocab_size, M)
+            self.layers = nn.ModuleList(Layer() for _ in range(config.layers))
+            self.norm = Norm()
+            self.head = nn.Linear(M, config.vocab_size, bias=False)
+
+        def forward(self, tokens, targets):
+            x = self.embedding(tokens).to(torch.bfloat16)  # as ours, between layers
+            for layer in self.layers:
+                x = layer(x)
+            logits = self.head(self.norm(x)).float()
+            return cross_entropy(logits.view(LENGTH, -1), targets.view(-1), ignore_index=-100)
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        network = Network()
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=config.init_std)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    compiled = torch.compile(network)
+    targets = torch.where(batch["loss_mask"], batch["targets"].long(), -100)
+    losses, times = [], []
+    for _ in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = compiled(batch["tokens"].long(), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated()
+    return dict(seconds=times[WARM_UP:], losses=losses, peak_bytes=peak, forecast_bytes=None)
+
+
+# ------------------------------------------------------------------------------------------- rounds
+
+
+def run_side(side: str, layers: int) -> dict[str, Any] | None:
+    """A side in a process of its own; None: it ran out of memory."""
+    options = [f"--{name}={FLAGS[name].value}" for name in ("attention", "loss", "remat")]
+    command = [sys.executable, "-m", "experiments.benchmarks.step_h100", f"--side={side}",
+               f"--layers={layers}", *options]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    if done.returncode == OUT_OF_MEMORY:
+        return None
+    if done.returncode:
+        raise UserError(f"{side}: its process ended with {done.returncode}; the reason is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def utilisation(config: ModelConfig, seconds: float, peak: float) -> dict[str, float]:
+    """MFU by each accounting."""
+    flops = training_flops(config, 1, LENGTH, gpu.pairs_of(documents()))
+    return {name: flops[name] / seconds / peak for name in ACCOUNTINGS}
+
+
+def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> Table:
+    table = Table(title=f"{config.layers} layers of the 8B width, {LENGTH:,} packed tokens")
+    table.add_column("side")
+    for column in ("ms/step", "tokens/s", *(f"MFU {a}" for a in ACCOUNTINGS), "peak GB",
+                   "forecast GB", "speed, ours over it"):  # fmt: skip
+        table.add_column(column, justify="right")
+    medians = {side: [float(np.median(r["seconds"])) for r in runs[side]] for side in runs}
+    for side, results in runs.items():
+        seconds = float(np.median(medians[side]))
+        mfu = utilisation(config, seconds, peak)
+        forecast = results[-1]["forecast_bytes"]
+        table.add_row(
+            side, f"{1e3 * seconds:.1f}", f"{LENGTH / seconds:,.0f}",
+            *(f"{mfu[a]:.1%}" for a in ACCOUNTINGS), f"{results[-1]['peak_bytes'] / 1e9:.1f}",
+            f"{forecast / 1e9:.1f}" if forecast else "",
+            f"{np.median(np.divide(medians[side], medians[OURS])):.2f}",
+        )  # fmt: skip
+    return table
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("layers", None, "Layers; by default as many as fit.", lower_bound=1)
+    flags.DEFINE_enum("attention", "triton", list(dispatch.KERNELS["attention"]), "Ours.")
+    flags.DEFINE_enum("loss", "triton", list(dispatch.KERNELS["loss"]), "Ours.")
+    flags.DEFINE_enum("remat", "save_attention", ["none", "full", "save_attention"], "Ours.")
+    flags.DEFINE_integer("rounds", 3, "Times that each side runs.", lower_bound=1)
+    flags.DEFINE_enum("side", None, SIDES, "Be this side (the program starts itself).")
+
+
+def layers_of_both(layers: int, run) -> int:
+    """`layers`, or the most below it with which torch does not run out of memory.
+
+    Raises:
+      UserError: torch cannot run even one.
+    """
+    for fewer in range(layers, 0, -1):
+        if run(TORCH, fewer) is not None:
+            return fewer
+    raise UserError("torch runs out of memory with one layer")
+
+
+def main(_) -> int:
+    gpu.require_gpu("experiments/benchmarks/train_step.py measures a CPU")
+    changes = dict(attention=FLAGS.attention, loss=FLAGS.loss, remat=FLAGS.remat)
+    if FLAGS.side:
+        config = model_config(FLAGS.layers, **changes)
+        if FLAGS.side == OURS:
+            print(json.dumps(our_side(config)))
+            return 0
+        import torch
+
+        try:
+            print(json.dumps(torch_side(config)))
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
+        return 0
+    limit = (1 - SPARE) * jax.devices()[0].memory_stats()["bytes_limit"]
+
+    def fits(layers: int) -> bool:
+        return needed_bytes(compiled_step(model_config(layers, **changes))[0]) <= limit
+
+    sides = SIDES if gpu.has_torch() else (OURS,)
+    layers = FLAGS.layers or most_layers(fits)
+    if TORCH in sides:
+        layers = layers_of_both(layers, run_side)
+    config = model_config(layers, **changes)
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    # This process holds no more of the device than what compiling left, which is little.
+    for number in range(FLAGS.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            result = run_side(side, layers)
+            if result is None:
+                raise UserError(f"{side} ran out of memory with {layers} layers")
+            runs[side].append(result)
+    peak, source = peak_flops()
+    Console(width=120).print(table_of(config, runs, peak))
+    print(f"kernels: {dispatch.describe(config.kernels())}; MFU against {peak:.4g} ({source})")
+    path = gpu.save("step", dict(layers=layers, changes=changes, peak_flops=peak, runs=runs))
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    # The sides need the memory that this process would otherwise take hold of.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,137 @@
+"""The GPU benchmarks' logic, as far as it needs no GPU."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="triton has wheels for Linux only")
+
+from experiments.benchmarks import gpu, kernels, step_h100, tune_kernels
+from llama3_jax.errors import UserError
+from llama3_jax.kernels.gpu import tuning
+from tests.conftest import REPOSITORY
+
+
+def run(module: str, *arguments: str, cache) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
+    )
+
+
+@pytest.mark.parametrize("module", ["kernels", "tune_kernels", "step_h100"])
+def test_without_a_gpu_one_line_says_so(module, tmp_path):
+    done = run(module, cache=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: this measures an NVIDIA GPU, and jax finds none")
+
+
+def test_compile_only_prints_what_a_kernel_takes(tmp_path):
+    done = run("kernels", "--compile_only", "--kernel=flash_forward", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sizes not yet measured" in done.stdout or "sizes measured on" in done.stdout
+    assert done.stdout.count("flash_forward: ") == 4 and " NO " not in done.stdout
+
+
+def test_documents_fill_rows_and_their_pairs_are_counted():
+    random = np.random.default_rng()
+    lengths = gpu.document_lengths(50_000, 1536, random)
+    assert sum(lengths) == 50_000 and min(lengths) > 0
+    long = [np.mean(gpu.document_lengths(10**6, 1536, random)) for _ in range(3)]
+    assert 1200 < np.mean(long) < 1900
+    lengths = [1, 5, 3]
+    segments = np.repeat([0, 1, 2], lengths)
+    seen = (segments[:, None] == segments) & np.tri(9, dtype=bool)
+    assert gpu.pairs_of(lengths) == seen.sum()
+
+
+def test_cases_and_their_operations():
+    one, mixed = kernels.attention_cases([8192])
+    assert one.documents == (8192,) and sum(mixed.documents) == 8192 and len(mixed.documents) > 1
+    pairs = 8192 * 8193 // 2
+    assert one.flops(kernels.FORWARD) == 2 * 2 * pairs * kernels.HEADS * kernels.HEAD_DIM
+    assert one.flops(kernels.BOTH) == 3.5 * one.flops(kernels.FORWARD)
+    assert mixed.flops(kernels.BOTH) < one.flops(kernels.BOTH) / 2
+    places = mixed.places()
+    assert (np.bincount(np.asarray(places.segments[0]))[1:] == mixed.documents).all()
+    half, whole = kernels.LossCase(0.5), kernels.LossCase(1.0)
+    assert whole.flops(kernels.FORWARD) == 2 * 8192 * 4096 * 128_256
+    assert 0.45 < half.flops(kernels.BOTH) / whole.flops(kernels.BOTH) < 0.55
+
+
+def test_ratios_are_taken_within_a_round():
+    taken = {"ours": [1.0, 2.0, 4.0], "other": [2.0, 4.0, 8.0]}
+    case = kernels.LossCase(1.0)
+    ours, other = kernels.rows_of(case, kernels.FORWARD, taken, dict(tflops=8.0))
+    assert (ours["ours_over_it"], other["ours_over_it"]) == (1.0, 2.0)
+    tflops = case.flops(kernels.FORWARD) / 2 / 1e12
+    assert ours["tflops"] == pytest.approx(tflops)
+    assert ours["share_of_product"] == pytest.approx(tflops / 8)
+
+
+def test_contenders_run_in_an_order_that_alternates():
+    started = []
+    contenders = [
+        gpu.Contender(name, lambda name=name: started.append(name), lambda _: None)
+        for name in ("a", "b")
+    ]
+    taken = gpu.seconds(contenders, rounds=4, least_seconds=0)
+    assert all(len(times) == 4 for times in taken.values())
+    assert started[-8:] == ["b", "a", "a", "b", "b", "a", "a", "b"]
+
+
+def test_the_tuned_table_is_written_as_it_is_read():
+    assert tune_kernels.as_text(tuning.table()) == tuning.TABLE.read_text(encoding="utf-8")
+    assert set(tune_kernels.CANDIDATES) <= set(tuning.table()["kernels"])
+
+
+@pytest.mark.parametrize("kernel", tune_kernels.CANDIDATES)
+def test_tuning_gives_a_kernel_arguments_that_mean_something(kernel):
+    row = "bfloat16" if kernel == "cross_entropy" else "64 bfloat16"
+    sizes = tuning.blocks_for(kernel, row)
+    problem = tune_kernels.PROBLEMS[kernel](row, sizes)
+    shapes = [s for s in problem.shapes if s.size < 1e8]  # the head is too large for a test
+    if kernel == "cross_entropy":
+        problem = problem._replace(shapes=tuple(shapes))
+    arrays = tune_kernels.arguments(kernel, problem.shapes)
+    assert [(x.shape, x.dtype) for x in arrays] == [(s.shape, s.dtype) for s in problem.shapes]
+
+
+def test_our_step_of_the_whole_model_runs_on_packed_documents(monkeypatch):
+    monkeypatch.setattr(step_h100, "LENGTH", 64)
+    monkeypatch.setattr(step_h100, "MEAN_DOCUMENT", 9)
+    alone = functools.partial(step_h100.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(step_h100, "make_mesh", alone)
+    config = step_h100.model_config(
+        1, dim=16, heads=2, kv_heads=1, head_dim=8, ffn_dim=32, vocab_size=64, dtype="float32"
+    )
+    batch = step_h100.make_batch(64)
+    ends = np.r_[batch["positions"][0, 1:] == 0, True]
+    assert len(step_h100.documents()) == ends.sum() > 1
+    assert (batch["loss_mask"][0] == ~ends).all()
+    compiled, placed, layout, optimizer = step_h100.compiled_step(config)
+    assert step_h100.needed_bytes(compiled) > 16 * config.parameter_count()
+    state = step_h100.init_state(config, optimizer, layout, 0)
+    _, metrics = compiled(state, placed, np.float32(1e-3))
+    assert float(metrics.loss) == pytest.approx(np.log(64), rel=0.05)
+
+
+def test_utilisation_by_the_three_accountings():
+    mfu = step_h100.utilisation(step_h100.model_config(4), 1.0, 1e15)
+    assert 0 < mfu["document"] < mfu["causal"] < mfu["full"] < 1
+
+
+def test_as_many_layers_as_fit_both_sides():
+    assert [step_h100.most_layers(lambda n, k=k: n <= k) for k in (1, 7, 40)] == [1, 7, 32]
+    with pytest.raises(UserError, match="not even one layer"):
+        step_h100.most_layers(lambda _: False)
+    assert step_h100.layers_of_both(6, lambda side, n: {} if n <= 4 else None) == 4
+    with pytest.raises(UserError, match="with one layer"):
+        step_h100.layers_of_both(6, lambda side, n: None)
