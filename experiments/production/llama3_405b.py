@@ -28,7 +28,7 @@ def get_config(row: str = "8k_16384"):
         raise ValueError(f"{row!r} is no row of table 4: {', '.join(ROWS)}")
     data, context, length, tokens = ROWS[row]
     return run_config(
-        model=preset("405B", attention="chunked", remat="save_products").model_dump(),
+        model=preset("405B", attention="triton", loss="triton", remat="save_products").model_dump(),
         data=dict(sources=sources("corpora")),
         mesh=dict(
             data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8

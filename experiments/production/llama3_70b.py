@@ -18,7 +18,7 @@ def get_config(layout: str = "fsdp_128"):
     if layout not in LAYOUTS:
         raise ValueError(f"{layout!r} is no layout: {', '.join(LAYOUTS)}")
     return run_config(
-        model=preset("70B", attention="chunked", remat="full").model_dump(),
+        model=preset("70B", attention="triton", loss="triton", remat="full").model_dump(),
         data=dict(sources=sources("corpora")),
         mesh=dict(data=128),
         stages=[

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from llama3_jax.kernels.dispatch import resolve
@@ -87,12 +88,15 @@ def attention(
     `chunked` needs documents in order: a key later in the array than a query is never in its past.
     "triton" needs them in one piece too; `spans` spares it making them of places and rows.
     What padding (segment 0) attends to differs between them, and is for nobody to use.
+    What a backward pass need not compute again has the name "attention_out" for remat policies.
 
     Raises:
       UserError: the implementation is unknown, not installed, or not made for such heads.
     """
     compute = resolve("attention", implementation)
-    return compute(q_BSHD, k_BTKD, v_BTKD, queries, keys, rows, spans)
+    out_BSHD = compute(q_BSHD, k_BTKD, v_BTKD, queries, keys, rows, spans)
+    # The Triton kernel's results have it inside, before its gradient is attached.
+    return out_BSHD if implementation == "triton" else checkpoint_name(out_BSHD, "attention_out")
 
 
 def reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):

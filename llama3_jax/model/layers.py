@@ -105,7 +105,6 @@ class Attention(nnx.Module):
             q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows,
             context.spans,
         )  # fmt: skip
-        out_BSHD = checkpoint_name(out_BSHD, "attention_out")
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)
         out_BSM = linear(out_BSN, self.out[...].reshape(H * D, M))
@@ -156,6 +155,5 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x = checkpoint_name(x, "block_input")
         attended, cache = self.attention(self.attention_norm(x), context, cache, ranks)
-        x, normed = self.ffn_norm.after_adding(x, attended)
-        x = checkpoint_name(x, "product")
+        x, normed = self.ffn_norm.after_adding(x, checkpoint_name(attended, "product"))
         return x + self.ffn(normed, ranks), cache

@@ -116,7 +116,9 @@ def _layer(case: Case, constants: Constants, document_length: int | None):
     attention_back = 2.5 * flops / (constants.peak * constants.attention_backward_efficiency)
     passes = _memory_passes(case) / constants.memory_bandwidth
     again = {"none": 0, "save_products": 0}.get(model.remat, 1)
-    attention_again = 0 if model.remat == "none" else 1
+    # Only the Triton kernel's results are kept where the policy says so (gpu/flash_attention.py).
+    keeps = model.remat == "none" or (model.remat != "full" and model.attention == "triton")
+    attention_again = 0 if keeps else 1
     forward = {"products": product, "attention": attention, "memory": passes}
     backward = {
         "products": (2 + again) * product,

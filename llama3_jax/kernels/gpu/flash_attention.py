@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama3_jax.errors import UserError
@@ -328,9 +329,20 @@ def _queries_kernel(
 # --------------------------------------------------------------------------------- joined with JAX
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(q_BSHD, k_BTKD, v_BTKD, spans: Spans, tuning: Tuning):
-    return _forward(q_BSHD, k_BTKD, v_BTKD, spans, tuning)[0]
+    """Result and log-sum-exp. What the kernel gives is named, so that a remat policy may keep it:
+    inside of a custom_vjp it would be out of the policy's sight, and the kernel would run again."""
+    q, k, v = map(jax.lax.stop_gradient, (q_BSHD, k_BTKD, v_BTKD))
+    out_BSHD, logsumexp_BHS = (
+        checkpoint_name(x, "attention_out") for x in _launch_forward(q, k, v, spans, tuning)
+    )
+    return _with_gradient(q_BSHD, k_BTKD, v_BTKD, spans, out_BSHD, logsumexp_BHS, tuning)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _with_gradient(q_BSHD, k_BTKD, v_BTKD, spans: Spans, out_BSHD, logsumexp_BHS, tuning: Tuning):
+    """The given result of attention over q, k and v, with its gradient in these."""
+    return out_BSHD, logsumexp_BHS
 
 
 def _constants(q_BSHD: Array, k_BTKD: Array, blocks: Blocks) -> dict:
@@ -340,10 +352,10 @@ def _constants(q_BSHD: Array, k_BTKD: Array, blocks: Blocks) -> dict:
     return blocks._asdict() | dict(S=S, T=T, H=H, K=K, D=D, SCALE=D**-0.5, PRECISION=precision)
 
 
-def _forward(q_BSHD, k_BTKD, v_BTKD, spans: Spans, tuning: Tuning):
+def _launch_forward(q_BSHD, k_BTKD, v_BTKD, spans: Spans, tuning: Tuning):
     B, S, H, _ = q_BSHD.shape
     blocks = tuning.forward
-    out_BSHD, logsumexp_BHS = triton_call(
+    return triton_call(
         _forward_kernel,
         [q_BSHD, k_BTKD, v_BTKD, *spans],
         [
@@ -353,6 +365,9 @@ def _forward(q_BSHD, k_BTKD, v_BTKD, spans: Spans, tuning: Tuning):
         grid=(triton.cdiv(S, blocks.M), H, B),
         **_constants(q_BSHD, k_BTKD, blocks),
     )
+
+
+def _forward(q_BSHD, k_BTKD, v_BTKD, spans, out_BSHD, logsumexp_BHS, tuning: Tuning):
     saved = (q_BSHD, k_BTKD, v_BTKD, spans, out_BSHD, logsumexp_BHS)
     return (out_BSHD, logsumexp_BHS), saved
 
@@ -383,10 +398,10 @@ def _backward(tuning: Tuning, saved, cotangents):
         grid=(triton.cdiv(S, blocks.M), H, B),
         **_constants(q_BSHD, k_BTKD, blocks),
     )
-    return dq_BSHD, dk_BTKD, dv_BTKD, None
+    return dq_BSHD, dk_BTKD, dv_BTKD, None, None, None
 
 
-_flash.defvjp(_forward, _backward)
+_with_gradient.defvjp(_forward, _backward)
 
 
 def query_reach(spans: Spans, keys: int, M: int, N: int) -> Int[Array, "B L 4"]:
