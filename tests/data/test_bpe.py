@@ -1,0 +1,60 @@
+"""Merging, compared with the definition carried out step by step through tiktoken itself."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama3_jax.data import bpe
+from llama3_jax.errors import UserError
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def naive(ranks: dict[bytes, int], counts: dict[str, int], new_tokens: int) -> dict[bytes, int]:
+    """The definition: split all, count all pairs, add the first of the most frequent, again."""
+    ranks = dict(ranks)
+    for _ in range(new_tokens):
+        encoding = tiktoken.Encoding(
+            "naive", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={}
+        )
+        pairs = Counter()
+        for pretoken, count in counts.items():
+            tokens = encoding.encode_ordinary(pretoken)
+            for pair in zip(tokens, tokens[1:], strict=False):
+                pairs[pair] += count
+        if not pairs:
+            raise UserError("nothing left")
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        joined = b"".join(map(encoding.decode_single_token_bytes, (left, right)))
+        assert joined not in ranks
+        ranks[joined] = len(ranks)
+    return ranks
+
+
+def odd_base(tokens: list[str]) -> dict[bytes, int]:
+    """A base with tokens that no merge of lower ranks may reach, as Meta's has."""
+    ranks = dict(BYTES)
+    for token in tokens:
+        ranks.setdefault(token.encode(), len(ranks))
+    return ranks
+
+
+words = st.text("abcé ", min_size=1, max_size=12)
+corpora = st.dictionaries(words, st.integers(1, 5), min_size=1, max_size=25)
+bases = st.lists(st.text("abcé", min_size=1, max_size=6), max_size=8).map(odd_base)
+
+
+@settings(max_examples=250, deadline=None)
+@given(base=bases, counts=corpora, new_tokens=st.integers(0, 30))
+def test_the_result_is_that_of_the_definition(base, counts, new_tokens):
+    try:
+        expected = naive(base, counts, new_tokens)
+    except UserError:
+        with pytest.raises(UserError, match="can be merged"):
+            bpe.extend(base, counts, new_tokens)
+        return
+    assert bpe.extend(base, counts, new_tokens) == expected
