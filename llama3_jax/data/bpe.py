@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tiktoken
+from jaxtyping import Int
 
 from llama3_jax.errors import UserError
 
 POOL = 4096  # pairs among which the best are looked for, until one outside may be better
+_SEPARATOR = "<|next_pretoken|>"
 BATCH = 8  # merges tried at once in the beginning; adapts
 
 
@@ -31,14 +33,13 @@ def extend(
     counts: Mapping[str, int],
     new_tokens: int,
     on_progress: Callable[[int], None] = lambda merged: None,
-    workers: int = 1,
 ) -> dict[bytes, int]:
     """`ranks` and `new_tokens` more, by merging on pre-tokens that occur `counts` (above 0) times.
 
     Raises:
       UserError: fewer merges are possible.
     """
-    merger = Merger(ranks, list(counts), list(counts.values()), workers)
+    merger = Merger(ranks, list(counts), list(counts.values()))
     while (missing := len(ranks) + new_tokens - len(merger.ranks)) > 0:
         if not merger.step(missing):
             raise UserError(
@@ -50,43 +51,46 @@ def extend(
 
 
 def split(
-    ranks: Mapping[bytes, int], pretokens: Sequence[str], workers: int = 1
-) -> list[list[int]]:
-    """Ids of each pre-token, as it stands: no pattern cuts it further."""
+    ranks: Mapping[bytes, int], pretokens: Sequence[str]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " pretokens"]]:
+    """Ids of all pre-tokens, each taken as it stands, and how many ids each has."""
+    separator = len(ranks)
     encoding = tiktoken.Encoding(
-        "pretokens", pat_str=r"(?s:.+)", mergeable_ranks=dict(ranks), special_tokens={}
+        "pretokens",
+        pat_str=r"(?s:.+)",
+        mergeable_ranks=dict(ranks),
+        special_tokens={_SEPARATOR: separator},
     )
-    return encoding.encode_ordinary_batch(list(pretokens), num_threads=workers)
+    # One call with separators: a call a pre-token costs more than its merges.
+    text = "".join(pretoken + _SEPARATOR for pretoken in pretokens)
+    tokens = encoding.encode_to_numpy(text, allowed_special={_SEPARATOR}).astype(np.int32)
+    ends = np.flatnonzero(tokens == separator)
+    if len(ends) != len(pretokens):
+        raise ValueError(f"a pre-token holds {_SEPARATOR}")
+    return np.delete(tokens, ends), np.diff(ends, prepend=-1) - 1
 
 
 class Merger:
     """The pre-tokens as linked tokens, and how often each pair of neighbours occurs."""
 
-    def __init__(
-        self,
-        ranks: Mapping[bytes, int],
-        pretokens: Sequence[str],
-        counts: Sequence[int],
-        workers: int,
-    ):
+    def __init__(self, ranks: Mapping[bytes, int], pretokens: Sequence[str], counts: Sequence[int]):
         self.ranks = dict(ranks)
         self._bytes = sorted(self.ranks, key=self.ranks.__getitem__)  # by id
-        tokens = split(ranks, pretokens, workers)
-        kept = [i for i, ids in enumerate(tokens) if len(ids) > 1]
-        lengths = np.array([len(tokens[i]) for i in kept], np.int64)
-        stops = np.cumsum(lengths)
+        token_P, lengths = split(ranks, pretokens)
         # Words: pre-tokens that are more than one token.
-        self._word_of = {pretokens[i].encode(): word for word, i in enumerate(kept)}
-        self._first = (stops - lengths).astype(np.int32)
-
-        total = int(lengths.sum())
+        words = np.flatnonzero(lengths > 1)
+        self._token_P = token_P[np.repeat(lengths > 1, lengths)]
+        lengths = lengths[words]
+        total = len(self._token_P)
         if total >= 2**31:
-            raise UserError(f"{total:,} tokens in different pre-tokens are too many: leave out more")
-        self._token_P = np.fromiter(
-            (token for i in kept for token in tokens[i]), np.int32, count=total
-        )
-        self._word_P = np.repeat(np.arange(len(kept), dtype=np.int32), lengths)
-        self._weight_P = np.repeat(np.array([counts[i] for i in kept], np.int64), lengths)
+            raise UserError(
+                f"{total:,} tokens in different pre-tokens are too many: leave out more"
+            )
+        stops = np.cumsum(lengths)
+        self._first = (stops - lengths).astype(np.int32)
+        self._word_of = {pretokens[i].encode(): word for word, i in enumerate(words.tolist())}
+        self._word_P = np.repeat(np.arange(len(words), dtype=np.int32), lengths)
+        self._weight_P = np.repeat(np.asarray(counts, np.int64)[words], lengths)
         self._next_P = np.arange(1, total + 1, dtype=np.int32)
         self._next_P[stops - 1] = -1
         self._previous_P = np.arange(-1, total - 1, dtype=np.int32)
@@ -222,14 +226,22 @@ class Merger:
         left, merged = neighbour(before_K[with_left], stage_K[with_left])
         once = merged != stage_K[with_left]  # two of one stage side by side: counted on the left
         with_right = after_K >= 0
-        right, _ = neighbour(after_K[with_right], stage_K[with_right])
+        right, merged = neighbour(after_K[with_right], stage_K[with_right])
+        # Of two of one stage side by side the left one merges first, and meets for a moment
+        # what the right one begins with: no pair to count, but it may be a rank.
+        moment = merged == stage_K[with_right]
+        met = self._token_P[after_K[with_right]][moment]
         self._stage_P[position_K] = self._stage_P[middle_K] = -1
 
         keys = np.concatenate([
-            (left << 32 | token_K[with_left])[once], token_K[with_right] << 32 | right
+            (left << 32 | token_K[with_left])[once],
+            token_K[with_right] << 32 | right,
+            token_K[with_right][moment] << 32 | met,
         ])  # fmt: skip
         weights = np.concatenate([
-            self._weight_P[position_K[with_left]][once], self._weight_P[position_K[with_right]]
+            self._weight_P[position_K[with_left]][once],
+            self._weight_P[position_K[with_right]],
+            np.zeros(len(met), np.int64),
         ])  # fmt: skip
         keys, counts = _sum_by_key(keys, weights)
         lefts, rights = keys >> 32, keys & 0xFFFFFFFF
