@@ -15,6 +15,7 @@ P: positions (one a token of a pre-token, linked to its neighbours), K: the batc
 """
 
 import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -68,6 +69,18 @@ def split(
     if len(ends) != len(pretokens):
         raise ValueError(f"a pre-token holds {_SEPARATOR}")
     return np.delete(tokens, ends), np.diff(ends, prepend=-1) - 1
+
+
+def merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
+    """Joins neighbours that make a token, lowest rank first and of these the left one, to the end."""
+    parts = list(parts)
+    while True:
+        joined = [left + right for left, right in itertools.pairwise(parts)]
+        known = [(ranks[token], i) for i, token in enumerate(joined) if token in ranks]
+        if not known:
+            return parts
+        _, at = min(known)
+        parts[at : at + 2] = [joined[at]]
 
 
 class Merger:
@@ -315,11 +328,14 @@ class Merger:
         self._pool = np.unique(np.append(self._pool, frequent))
 
     def _resplit(self, word: int) -> set[int]:
-        """Merges one pre-token as far as the ranks go; returns the pairs that it gained."""
+        """Splits one pre-token as the ranks now do; returns the pairs that it gained."""
         positions = [int(self._first[word])]
         while (following := int(self._next_P[positions[-1]])) >= 0:
             positions.append(following)
-        tokens = self._merge([self._bytes[self._token_P[at]] for at in positions])
+        parts = [self._bytes[self._token_P[at]] for at in positions]
+        whole = self.ranks.get(b"".join(parts))
+        parts = merge(parts, self.ranks) if whole is None else [self._bytes[whole]]
+        tokens = [self.ranks[part] for part in parts]
         weight, gained = self._weight_P[positions[0]], set()
         for at in positions[:-1]:
             self._pairs.count[self._pair_P[at]] -= weight
@@ -338,19 +354,6 @@ class Merger:
             else:
                 self._pair_P[at] = self._next_P[at] = -1
         return gained
-
-    def _merge(self, parts: list[bytes]) -> list[int]:
-        """Ids of a pre-token's parts after every merge that the ranks allow, lowest rank first."""
-        whole = self.ranks.get(b"".join(parts))
-        if whole is not None:
-            return [whole]
-        while True:
-            joined = [a + b for a, b in zip(parts, parts[1:], strict=False)]
-            known = [(self.ranks[j], i) for i, j in enumerate(joined) if j in self.ranks]
-            if not known:
-                return [self.ranks[part] for part in parts]
-            _, at = min(known)
-            parts[at : at + 2] = [joined[at]]
 
     def _name(self, token: bytes) -> None:
         self.ranks[token] = len(self._bytes)

@@ -3,7 +3,7 @@
 There a merge is a listed pair of tokens. tiktoken joins any two neighbours whose bytes are a token,
 the lowest rank first, so the list holds every such pair, by the rank of what they join to; and it
 looks a whole pre-token up first, which is `ignore_merges` there: the only way to tokens that no
-two others join to. (Where two of one rank overlap, which text hardly ever has, tiktoken takes the
+merge leads to. (Where two of one rank overlap, which text hardly ever has, tiktoken takes the
 left one and that library the first listed.)
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama3_jax.data.bpe import merge
 from llama3_jax.errors import UserError
 
 FILE = "tokenizer.json"
@@ -135,8 +136,8 @@ def load(path: Path, pattern: str) -> tuple[dict[bytes, int], list[str]]:
     if targets != sorted(targets):
         raise UserError(f"{path}: its merges are not in the order of the ids they join to")
     if not ignores_merges:
-        reached = {left + right for left, right in listed}
-        if lost := sum(len(token) > 1 and token not in reached for token in ranks):
+        singles = ([bytes([byte]) for byte in token] for token in ranks)
+        if lost := sum(len(merge(parts, ranks)) > 1 for parts in singles):
             raise UserError(f"{path}: without ignore_merges {lost:,} of its tokens are never used")
     return ranks, [added[number] for number in sorted(added)]
 

@@ -85,14 +85,13 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
 ):
     source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60_000, seed=6))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "llama3_jax.tokenize", f"--input={source}",
-               f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+    options = ["encode", f"--input={source}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]
     code = (
         "import llama3_jax.data.tokenizing as t, llama3_jax.tokenize as door, sys;"
         "t.Options.__new__.__defaults__ = ('text', 'id', 0.0, 100_000);"
-        "from llama3_jax import cli; door.define_flags(); cli.run(door.main)"
+        "door.run(sys.argv)"
     )
-    command = [sys.executable, "-c", code, *command[3:]]
+    command = [sys.executable, "-c", code, *options]
     options = dict(cwd=REPOSITORY, env=door_environment(compilation_cache))
     child = subprocess.Popen(command, **options)
     while not list(out.glob("train/shard-00002.json")):
@@ -136,7 +135,7 @@ def test_bad_input_is_named_and_leaves_no_corpus(tmp_path, byte_tokenizer, name,
 
 
 def test_the_door_says_what_is_missing(door, tmp_path):
-    result = door("tokenize", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
+    result = door("tokenize", "encode", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
