@@ -93,7 +93,7 @@ def train(
         "new_tokens": new_tokens,
         "fingerprint": trained.fingerprint,
         "inputs": [str(path) for path in inputs],
-        "languages": counted.languages,
+        "languages": dict(sorted(counted.languages.items())),
         "weights": dict(options.weights),
         "holdout": options.holdout,
         "pretokens": counted.distinct,

@@ -3,11 +3,14 @@
 from collections import Counter
 
 import pytest
+import regex
 import tiktoken
+from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama3_jax.data import bpe
+from llama3_jax.data.tokenizer import LLAMA3_PATTERN
 from llama3_jax.errors import UserError
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -59,3 +62,32 @@ def test_the_result_is_that_of_the_definition(base, counts, new_tokens):
             bpe.extend(base, counts, new_tokens)
         return
     assert bpe.extend(base, counts, new_tokens) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(base=bases, counts=corpora, first=st.integers(0, 15), second=st.integers(0, 15))
+def test_going_on_from_a_result_is_the_same_as_going_on(base, counts, first, second):
+    try:
+        whole = bpe.extend(base, counts, first + second)
+    except UserError:
+        return
+    part = bpe.extend(base, counts, first)
+    assert bpe.extend(part, counts, second) == whole
+    assert {token: part[token] for token in base} == base
+
+
+def test_text_whose_words_are_as_uneven_as_words_are():
+    text = "".join((REPOSITORY / name).read_text() for name in ("README.md", "setup.py"))
+    counts = Counter(regex.findall(LLAMA3_PATTERN, text))
+    assert bpe.extend(BYTES, counts, 400) == naive(BYTES, counts, 400)
+
+
+def test_what_is_left_to_merge_is_told():
+    with pytest.raises(UserError, match="only 2 of 3 new tokens can be merged"):
+        bpe.extend(BYTES, {"abc": 4, "x": 9}, 3)
+
+
+def test_progress_counts_up_to_the_end():
+    told = []
+    bpe.extend(BYTES, {"abcdefgh": 1, "stuvw": 2}, 9, told.append)
+    assert told == sorted(told) and told[-1] == 9
