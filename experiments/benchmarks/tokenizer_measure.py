@@ -24,13 +24,25 @@ def _texts(files: list[str]) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-def train(side: str, files: list[str], base: str, new_tokens: int, workers: int, output: str):
+def train(
+    side: str,
+    files: list[str],
+    base: str,
+    new_tokens: int,
+    options: dict,
+    workers: int,
+    output: str,
+):
     """Seconds to train, of wall and of CPU time (processes that ended included)."""
     ranks = tokenizers.load_ranks(Path(base))
     if side == "ours":
         begun = time.monotonic()
         trained, record = tokenizer_training.train(
-            [Path(file) for file in files], ranks, new_tokens, tokenizer_training.Options(), workers
+            [Path(file) for file in files],
+            ranks,
+            new_tokens,
+            tokenizer_training.Options(**options),
+            workers,
         )
         seconds = time.monotonic() - begun
         tokenizer_training.save(trained, record, Path(output))

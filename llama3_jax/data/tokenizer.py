@@ -81,8 +81,10 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal exactly for tokenizers that give the same ids: ranks, pattern and specials."""
+        """Equal exactly for tokenizers that give documents the same ids."""
         digest = hashlib.sha256(f"{LLAMA3_PATTERN} {self.specials}".encode())
+        if [self.bos, self.eos] != [len(self.ranks), len(self.ranks) + 1]:
+            digest.update(f"{self.bos} {self.eos}".encode())
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()[:16]

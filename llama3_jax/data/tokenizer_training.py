@@ -27,14 +27,14 @@ class Options(NamedTuple):
 
     `holdout`: share of documents left out, those that tokenising puts into validation.
     `covered`: pre-tokens that the base encodes with at least so many characters a token are left
-    out. `max_pretokens`: how many different ones are kept (about 300 bytes of memory each).
+    out. `max_pretokens`: how many different ones are kept (about 1 KB of memory each).
     """
 
     fields: Fields = Fields()
     weights: Mapping[str, str] = {}
     holdout: float = 0.0
     covered: float | None = None
-    max_pretokens: int = 10_000_000
+    max_pretokens: int = 4_000_000
     specials: int = LLAMA3_SPECIALS
 
 

@@ -173,6 +173,7 @@ class TestFiles:
         loaded = load(tmp_path)
         assert list(loaded.special_ids) == names
         assert (loaded.bos, loaded.eos) == (258, 257)
+        assert loaded.fingerprint != Tokenizer(BYTES, 3).fingerprint
 
     @pytest.mark.parametrize(
         ("content", "message"),
