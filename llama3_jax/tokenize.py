@@ -80,7 +80,7 @@ _OUTPUTS = {
 
 
 def train(_) -> None:
-    inputs = _inputs()
+    inputs, output = _inputs(), _folder()
     base = tokenizer_training.BYTES
     if FLAGS.base != "bytes":
         base = tokenizers.load(FLAGS.base).ranks
@@ -99,8 +99,8 @@ def train(_) -> None:
     trained, record = tokenizer_training.train(
         inputs, base, FLAGS.new_tokens, options, FLAGS.workers
     )
-    tokenizer_training.save(trained, record, Path(FLAGS.output))
-    print(f"{FLAGS.output}: {len(base):,} tokens of the base, {FLAGS.new_tokens:,} new, "
+    tokenizer_training.save(trained, record, output)
+    print(f"{output}: {len(base):,} tokens of the base, {FLAGS.new_tokens:,} new, "
           f"{trained.specials} specials; {record['pretokens']:,} different pre-tokens")  # fmt: skip
     if record["rare_left_out"]:
         print(f"not exact: the {record['rare_left_out']:,} rarest pre-tokens "
@@ -111,12 +111,12 @@ def train(_) -> None:
 
 
 def stats(_) -> None:
+    output = _folder()
     fields = Fields(FLAGS.text_field, language=FLAGS.language_field)
     paths = _pairs("tokenizers", FLAGS.tokenizers)
     if bad := [name for name in paths if not re.fullmatch(r"[\w.-]+", name)]:
         raise UserError(f"--tokenizers: name {bad[0]!r} must be letters, digits, _, . and -")
     measured, usage = tokenizer_stats.measure(_inputs(), paths, fields, FLAGS.workers)
-    output = Path(FLAGS.output)
     tokenizer_stats.save(measured, usage, output)
     reporting.write_page(measured, usage, output / PAGE_FILE)
     console = Console(soft_wrap=True)
@@ -166,6 +166,14 @@ def _inputs() -> list[Path]:
             raise UserError(f"--input={pattern}: no such file")
         inputs += map(Path, matches)
     return inputs
+
+
+def _folder() -> Path:
+    """--output, checked before any work."""
+    path = Path(FLAGS.output)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output={path} is a file; name a folder")
+    return path
 
 
 def _pairs(option: str, values: list[str]) -> dict[str, str]:

@@ -60,6 +60,8 @@ def train(
         raise UserError(f"--max_pretokens={options.max_pretokens}: must be at least 1")
     if options.covered is not None and options.covered <= 0:
         raise UserError(f"--covered={options.covered}: must be above 0")
+    if options.specials < 2:
+        raise UserError(f"--specials={options.specials}: begin and end of text need 2")
     pieces = plan_pieces(inputs, pretokens.PIECE_BYTES)
     columns = (
         TextColumn("{task.description}"),

@@ -99,7 +99,8 @@ class TestDoor:
             (["--new_tokens=1", "--holdout=1"], b'{"text": "abc"}', "--holdout=1.0"),
             (["--new_tokens=1", "--weights=de"], b'{"text": "abc"}', "--weights=de: must look"),
             (["--new_tokens=1", "--base_tokens=300"], b'{"text": "abc"}', "must be 256 to 256"),
-            (["--new_tokens=1", "--specials=1"], b'{"text": "abc"}', "specials=1"),
+            (["--new_tokens=1", "--specials=1"], b'{"text": "abc"}', "--specials=1: begin and end"),
+            (["--new_tokens=1", "--output=setup.py"], b"", "--output=setup.py is a file"),
         ],
     )
     def test_one_line_and_nothing_written(self, door, tmp_path, options, content, message):
