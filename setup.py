@@ -27,7 +27,7 @@ EXTRAS = {
     # experiments/benchmarks/tokenizer.py: the ranks of Meta's tokenizer, and its peer.
     "tokenizer-benchmark": ["llama-models>=0.3", "tokenizers>=0.21"],
     # Live comparison with the reference implementation; torch should be a CPU build.
-    "parity": ["torch>=2.6", "transformers>=4.46"],
+    "parity": ["llama-models>=0.3", "torch>=2.6", "transformers>=4.46"],
 }
 
 setup(

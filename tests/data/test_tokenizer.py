@@ -103,7 +103,7 @@ class TestSameIds:
             load(exported.with_name("merging.json"))
 
 
-@pytest.mark.skipif(util.find_spec("llama_models") is None, reason="Meta's ranks not installed")
+@pytest.mark.parity
 def test_metas_tokenizer_in_both_formats(tmp_path):
     path = Path(util.find_spec("llama_models").origin).parent / "llama3/tokenizer.model"
     meta = load(path)

@@ -7,6 +7,7 @@ from conftest import random_documents, write_jsonl
 from llama3_jax.data import bpe
 from llama3_jax.data.tokenizer import load
 from llama3_jax.data.tokenizer_training import BYTES, TRAINING_FILE, Options, save, train
+from llama3_jax.errors import UserError
 
 
 @pytest.fixture
@@ -91,15 +92,9 @@ class TestDoor:
         ("options", "content", "message"),
         [
             (["--new_tokens=1"], b"\xff\xfe", "in.jsonl at byte 0: not a line of JSON"),
-            (["--new_tokens=1"], b'{"text": "\\ud800"}', "not Unicode: half of a surrogate pair"),
-            (["--new_tokens=1"], b'{"text": " "}', "no text to train on"),
-            (["--new_tokens=1"], b"", "no text to train on"),
             (["--new_tokens=9"], b'{"text": "abc"}', "only 2 of 9 new tokens can be merged"),
-            (["--new_tokens=0"], b'{"text": "abc"}', "--new_tokens=0: must be at least 1"),
-            (["--new_tokens=1", "--holdout=1"], b'{"text": "abc"}', "--holdout=1.0"),
             (["--new_tokens=1", "--weights=de"], b'{"text": "abc"}', "--weights=de: must look"),
             (["--new_tokens=1", "--base_tokens=300"], b'{"text": "abc"}', "must be 256 to 256"),
-            (["--new_tokens=1", "--specials=1"], b'{"text": "abc"}', "--specials=1: begin and end"),
             (["--new_tokens=1", "--output=setup.py"], b"", "--output=setup.py is a file"),
         ],
     )
@@ -117,3 +112,24 @@ class TestDoor:
             assert result.returncode == 2
             assert "train|stats|export|encode" in result.stderr
         assert "tokenize train" in door("tokenize", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "new_tokens", "options", "message"),
+    [
+        (b'{"text": "\\ud800"}', 1, {}, "at byte 0: not Unicode: half of a surrogate pair"),
+        (b'{"text": " "}', 1, {}, "no text to train on"),
+        (b"", 1, {}, "no text to train on"),
+        (b'{"text": "abc"}', 0, {}, "--new_tokens=0: must be at least 1"),
+        (b'{"text": "abc"}', 3, {}, "only 2 of 3 new tokens can be merged"),
+        (b'{"text": "abc"}', 1, {"covered": 0.5}, "only 0 of 1 new tokens can be merged"),
+        (b'{"text": "abc"}', 1, {"holdout": 1.0}, "--holdout=1.0"),
+        (b'{"text": "abc"}', 1, {"specials": 1}, "--specials=1: begin and end"),
+        (b'{"text": "abc"}', 1, {"covered": 0}, "--covered=0"),
+        (b'{"text": "abc"}', 1, {"max_pretokens": 0}, "--max_pretokens=0"),
+    ],
+)
+def test_what_cannot_be_done_is_told(tmp_path, content, new_tokens, options, message):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        train([tmp_path / "in.jsonl"], BYTES, new_tokens, Options(**options))
