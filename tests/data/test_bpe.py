@@ -1,5 +1,6 @@
 """Merging, compared with the definition carried out step by step through tiktoken itself."""
 
+import heapq
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from experiments.demo import corpus
 from llama3_jax.data import bpe
 from llama3_jax.data.tokenizer import LLAMA3_PATTERN
 from llama3_jax.errors import UserError
@@ -80,6 +82,64 @@ def test_text_whose_words_are_as_uneven_as_words_are():
     text = "".join((REPOSITORY / name).read_text() for name in ("README.md", "setup.py"))
     counts = Counter(regex.findall(LLAMA3_PATTERN, text))
     assert bpe.extend(BYTES, counts, 400) == naive(BYTES, counts, 400)
+
+
+def one_by_one(ranks: dict[bytes, int], counts: dict[str, int], new_tokens: int):
+    """The same, kept up to date instead of counted anew; where bytes never become a rank twice."""
+    ranks, names = dict(ranks), sorted(ranks, key=ranks.get)
+    encoding = tiktoken.Encoding("", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+    words = [(encoding.encode_ordinary(word), count) for word, count in counts.items()]
+    pairs, places = Counter(), {}
+    for i, (tokens, count) in enumerate(words):
+        for pair in zip(tokens, tokens[1:], strict=False):
+            pairs[pair] += count
+            places.setdefault(pair, set()).add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    while new_tokens:
+        count, best = heapq.heappop(heap)
+        if -count != pairs[best]:  # an old entry
+            if pairs[best]:
+                heapq.heappush(heap, (-pairs[best], best))
+            continue
+        joined = names[best[0]] + names[best[1]]
+        same = {best}
+        for cut in range(1, len(joined)):
+            if joined[:cut] in ranks and joined[cut:] in ranks:
+                same.add((ranks[joined[:cut]], ranks[joined[cut:]]))
+        ranks[joined] = new = len(names)
+        names.append(joined)
+        new_tokens -= 1
+        changed = set()
+        for i in set().union(*(places.pop(pair, ()) for pair in same)):
+            old, count = words[i]
+            tokens, at = [], 0
+            while at < len(old):
+                found = tuple(old[at : at + 2]) in same
+                tokens.append(new if found else old[at])
+                at += 1 + found
+            words[i] = tokens, count
+            for pair in zip(old, old[1:], strict=False):
+                pairs[pair] -= count
+            for pair in zip(tokens, tokens[1:], strict=False):
+                assert names[pair[0]] + names[pair[1]] not in ranks
+                pairs[pair] += count
+                places.setdefault(pair, set()).add(i)
+                changed.add(pair)
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+    return ranks
+
+
+@pytest.mark.slow
+def test_thousands_of_merges_on_real_text_in_many_languages():
+    counts = Counter()
+    for document in corpus.multilingual():
+        counts.update(regex.findall(LLAMA3_PATTERN, document["text"]))
+    base = one_by_one(BYTES, counts, 3_000)
+    assert bpe.extend(BYTES, counts, 3_000) == base
+    weighted = {word: count * (1 + 4 * (word > "\u0370")) for word, count in counts.items()}
+    assert bpe.extend(base, weighted, 5_000) == one_by_one(base, weighted, 5_000)
 
 
 def test_what_is_left_to_merge_is_told():

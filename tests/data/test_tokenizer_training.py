@@ -91,7 +91,11 @@ class TestDoor:
     @pytest.mark.parametrize(
         ("options", "content", "message"),
         [
-            (["--new_tokens=1"], b"\xff\xfe", "in.jsonl at byte 0: not a line of JSON"),
+            (
+                ["--new_tokens=1", "--workers=2"],
+                b"\xff\xfe",
+                "in.jsonl at byte 0: not a line of JSON",
+            ),
             (["--new_tokens=9"], b'{"text": "abc"}', "only 2 of 9 new tokens can be merged"),
             (["--new_tokens=1", "--weights=de"], b'{"text": "abc"}', "--weights=de: must look"),
             (["--new_tokens=1", "--base_tokens=300"], b'{"text": "abc"}', "must be 256 to 256"),
