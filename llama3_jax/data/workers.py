@@ -1,5 +1,6 @@
 """Jobs on several processes, results in the jobs' order."""
 
+import collections
 import concurrent.futures
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,8 @@ from typing import TypeVar
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
+
+AHEAD = 4  # jobs a process under way or waiting to be taken: bounds the results in memory
 
 
 def run_jobs(
@@ -20,7 +23,13 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
-            yield from pool.map(function, jobs)
+            pending = collections.deque()
+            for job in jobs:
+                if len(pending) == AHEAD * workers:
+                    yield pending.popleft().result()
+                pending.append(pool.submit(function, job))
+            while pending:
+                yield pending.popleft().result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
