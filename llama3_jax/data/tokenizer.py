@@ -1,8 +1,9 @@
 """Byte-pair tokenizer of tiktoken with Llama 3's split pattern and special tokens.
 
-A tokenizer is a `.tiktoken` file (base64 token, rank, a line each; Meta's `tokenizer.model` is
-one) or a directory written by `save`. Llama 3 adds 256 specials after the ranks: <|begin_of_text|>,
-<|end_of_text|> and reserved ones (Llama 3 paper, section 3.2).
+A tokenizer is a file of ranks (base64 token, rank, a line each: any `.tiktoken`, Meta's
+`tokenizer.model`), a Hugging Face `tokenizer.json`, or a directory written by `save`. Llama 3 adds
+256 specials after the ranks: <|begin_of_text|>, <|end_of_text|> and reserved ones (Llama 3 paper,
+section 3.2).
 """
 
 import base64
@@ -10,10 +11,12 @@ import binascii
 import functools
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tiktoken
 
+from llama3_jax.data import tokenizer_json
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json, write_text
 
@@ -22,38 +25,50 @@ LLAMA3_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIALS = 256
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 _RANKS_FILE, _CONFIG_FILE = "tokenizer.tiktoken", "tokenizer_config.json"
 
 
 class Tokenizer:
-    """Text to token ids and back. Text that looks like a special token is never parsed as one."""
+    """Text to token ids and back. Text that looks like a special is parsed as one only if asked."""
 
-    def __init__(self, ranks: dict[bytes, int], specials: int = LLAMA3_SPECIALS):
-        """`ranks` maps tokens to 0..n-1; `specials` (at least 2) ids follow from n on."""
+    def __init__(self, ranks: Mapping[bytes, int], specials: int | Sequence[str] = LLAMA3_SPECIALS):
+        """`ranks` maps tokens to 0..n-1; the ids of `specials` (names, or how many) follow."""
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise UserError(f"tokenizer ranks must be 0 to {len(ranks) - 1}, each once")
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
             raise UserError(
                 f"tokenizer lacks a token for byte {missing[0]}: it cannot encode all text"
             )
-        if specials < 2:
-            raise UserError(f"tokenizer specials={specials}: begin and end of text need 2")
-        names = ["<|begin_of_text|>", "<|end_of_text|>"]
-        names += [f"<|reserved_special_token_{i}|>" for i in range(specials - 2)]
-        self._ranks = ranks
+        if isinstance(specials, int):
+            if specials < 2:
+                raise UserError(f"tokenizer specials={specials}: begin and end of text need 2")
+            reserved = (f"<|reserved_special_token_{i}|>" for i in range(specials - 2))
+            specials = [BEGIN, END, *reserved]
+        if missing := {BEGIN, END} - set(specials):
+            raise UserError(f"tokenizer specials lack {min(missing)}")
+        if len(set(specials)) != len(specials):
+            raise UserError("tokenizer specials: a name occurs twice")
+        self.ranks = dict(ranks)
+        self.special_ids = {name: len(ranks) + i for i, name in enumerate(specials)}
         self._encoding = tiktoken.Encoding(
             name="llama3",
             pat_str=LLAMA3_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={name: len(ranks) + i for i, name in enumerate(names)},
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special_ids,
         )
-        self.specials = specials
-        self.vocab_size = len(ranks) + specials
-        self.bos = len(ranks)
-        self.eos = len(ranks) + 1
+        self.specials = len(specials)
+        self.vocab_size = len(ranks) + self.specials
+        self.bos = self.special_ids[BEGIN]
+        self.eos = self.special_ids[END]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without begin and end of text."""
+    def encode(self, text: str, parse_specials: bool = False) -> list[int]:
+        """Ids of `text`, without begin and end of text.
+
+        The names of specials in it become their ids with `parse_specials`; otherwise they are text.
+        """
+        if parse_specials:
+            return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
 
     def encode_document(self, text: str) -> list[int]:
@@ -66,44 +81,90 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal exactly for tokenizers that give the same ids: ranks, pattern and specials."""
+        """Equal exactly for tokenizers that give documents the same ids."""
         digest = hashlib.sha256(f"{LLAMA3_PATTERN} {self.specials}".encode())
-        for token in sorted(self._ranks, key=self._ranks.__getitem__):
+        if [self.bos, self.eos] != [len(self.ranks), len(self.ranks) + 1]:
+            digest.update(f"{self.bos} {self.eos}".encode())
+        for token in sorted(self.ranks, key=self.ranks.__getitem__):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
+        """Writes the tokenizer's own folder: ranks, and the specials' names."""
+        self.save_ranks(directory / _RANKS_FILE)
+        write_json(directory / _CONFIG_FILE, {"specials": list(self.special_ids)})
+
+    def save_ranks(self, path: Path) -> None:
+        """Writes a `.tiktoken` file or Meta's `tokenizer.model`, which hold no specials."""
         lines = (
             f"{base64.b64encode(token).decode()} {rank}\n"
-            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1])
+            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
         )
-        write_text(directory / _RANKS_FILE, "".join(lines))
-        write_json(directory / _CONFIG_FILE, {"specials": self.specials})
+        write_text(path, "".join(lines))
+
+    def save_json(self, path: Path) -> None:
+        """Writes Hugging Face's `tokenizer.json`.
+
+        That library parses specials in text, unless its `encode_special_tokens` is set.
+        """
+        write_json(path, tokenizer_json.dump(self.ranks, self.special_ids, LLAMA3_PATTERN, BEGIN))
 
 
 def load(path: str | Path) -> Tokenizer:
-    """A tokenizer from a `.tiktoken` file (with Llama 3's 256 specials) or a saved directory.
+    """A tokenizer from a file of ranks (with Llama 3's 256 specials), tokenizer.json, or a folder.
+
+    Raises:
+      UserError: no such file, it is damaged, or it gives other ids than this class would.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = path / _CONFIG_FILE
+        ranks = path / _RANKS_FILE
+        if ranks.is_file() and config.is_file():
+            return Tokenizer(load_ranks(ranks), _specials(config))
+        if not (path / tokenizer_json.FILE).is_file():
+            raise UserError(
+                f"{path}: no tokenizer here (no {_RANKS_FILE} with {_CONFIG_FILE}, "
+                f"no {tokenizer_json.FILE})"
+            )
+        path = path / tokenizer_json.FILE
+    if path.suffix == ".json":
+        return Tokenizer(*tokenizer_json.load(path, LLAMA3_PATTERN))
+    return Tokenizer(load_ranks(path))
+
+
+def load_ranks(path: Path) -> dict[bytes, int]:
+    """Tokens and their ranks from a `.tiktoken` file.
 
     Raises:
       UserError: no such file, or a line that is not a base64 token and its rank.
     """
-    path, specials = Path(path), LLAMA3_SPECIALS
-    if path.is_dir():
-        config = path / _CONFIG_FILE
-        if not config.is_file():
-            raise UserError(f"{path}: no tokenizer here (no {_CONFIG_FILE})")
-        specials = json.loads(config.read_text())["specials"]
-        path = path / _RANKS_FILE
     if not path.is_file():
         raise UserError(f"{path}: tokenizer file not found")
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            token = base64.b64decode(token, validate=True)
+            if token in ranks:
+                raise UserError(f"{path}:{number}: the token of rank {ranks[token]} again")
+            ranks[token] = int(rank)
         except (ValueError, binascii.Error):
             raise UserError(f"{path}:{number}: not a base64 token and its rank") from None
-    return Tokenizer(ranks, specials)
+    if not ranks:
+        raise UserError(f"{path}: empty tokenizer file")
+    return ranks
+
+
+def _specials(config: Path) -> int | list[str]:
+    try:
+        specials = json.loads(config.read_bytes())["specials"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config}: damaged, no JSON with specials") from None
+    names = isinstance(specials, list) and all(isinstance(name, str) for name in specials)
+    if not names and type(specials) is not int:
+        raise UserError(f"{config}: damaged, specials are neither names nor a number")
+    return specials
 
 
 def find(path: Path) -> Path | None:

@@ -85,14 +85,13 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
 ):
     source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60_000, seed=6))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "llama3_jax.tokenize", f"--input={source}",
-               f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+    options = ["encode", f"--input={source}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]
     code = (
         "import llama3_jax.data.tokenizing as t, llama3_jax.tokenize as door, sys;"
         "t.Options.__new__.__defaults__ = ('text', 'id', 0.0, 100_000);"
-        "from llama3_jax import cli; door.define_flags(); cli.run(door.main)"
+        "door.run(sys.argv)"
     )
-    command = [sys.executable, "-c", code, *command[3:]]
+    command = [sys.executable, "-c", code, *options]
     options = dict(cwd=REPOSITORY, env=door_environment(compilation_cache))
     child = subprocess.Popen(command, **options)
     while not list(out.glob("train/shard-00002.json")):
@@ -119,6 +118,16 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a.jsonl at byte 15: not a line of JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"no text in field 'text'; fields: body"),
         ("a.jsonl", b"[1]\n", r"at byte 0: a list, not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "\xff"}\n',
+            r"at byte 0: not a line of JSON \(.*invalid start byte",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "\\udc00"}\n',
+            r"at byte 0: not Unicode: half of a surrogate pair",
+        ),
         ("a.jsonl", b"", r"no document with text"),
         ("a.jsonl.gz", b"not gzip", r"damaged gzip"),
         ("a.parquet", b"PAR1nope", r"not a whole parquet file"),
@@ -135,8 +144,22 @@ def test_bad_input_is_named_and_leaves_no_corpus(tmp_path, byte_tokenizer, name,
     assert not leftovers
 
 
+def test_damaged_parquet_is_named(tmp_path, byte_tokenizer):
+    values = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: row group 0, rows 0 to 2: not UTF-8"):
+        tokenize([tmp_path / "a.parquet"], tmp_path / "out", byte_tokenizer, Options())
+    texts = [str(np.random.default_rng(i).integers(0, 1 << 60, 50)) for i in range(100)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[200:20_000] = bytes(19_800)
+    (tmp_path / "b.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="b.parquet: row group 0: damaged parquet"):
+        tokenize([tmp_path / "b.parquet"], tmp_path / "out", byte_tokenizer, Options())
+
+
 def test_the_door_says_what_is_missing(door, tmp_path):
-    result = door("tokenize", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
+    result = door("tokenize", "encode", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"

@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from conftest import write_jsonl
 
+from llama3_jax.data import tokenizer_stats
 from llama3_jax.errors import UserError
-from llama3_jax.reporting import figures, page
+from llama3_jax.reporting import figures, page, tokenizers
 from llama3_jax.reporting.page import Section, write_report
 from llama3_jax.reporting.records import load
 
@@ -219,6 +221,19 @@ def test_extra_sections(report, records):
     assert Elements(text).rows[-2:] == [["a", "b"], ["x<y", "1"]]
     order = [text.index(f"<h2>{title}") for title in ("Samples", "Needle", "Curve", "Config")]
     assert order == sorted(order)
+
+
+def test_statistics_of_tokenizers_become_a_section(report, records, door, tmp_path, byte_tokenizer):
+    report(records)
+    workdir = tmp_path / "demo <1>"
+    source = write_jsonl(tmp_path / "web.jsonl", {"a": "né"})
+    stats = tokenizer_stats.measure([source], {"bytes": str(byte_tokenizer)})
+    tokenizer_stats.save(*stats, workdir / tokenizers.FOLDER)
+    result = door("report", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    elements = Elements((workdir / "report.html").read_text(encoding="utf-8"))
+    assert ["web", "0.667"] in elements.rows  # 2 characters in 3 bytes
+    assert "Tokenizers" in elements.text
 
 
 def test_thinning_keeps_extremes_and_ends():
