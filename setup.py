@@ -23,7 +23,7 @@ EXTRAS = {
         "ruff>=0.9",
         "safetensors>=0.5",
         # The kernels in Triton's interpreter, and compiled for the chip on any machine.
-        "triton>=3.6; platform_system == 'Linux'",
+        "triton>=3.7; platform_system == 'Linux'",
     ],
     # The kernels on an NVIDIA GPU.
     "gpu": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
