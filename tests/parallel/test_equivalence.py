@@ -100,7 +100,11 @@ def test_training_step_equals_the_serial_model(shape, options):
 VARIANTS = {
     "remat": ((2, 2, 2, 1), dict(virtual_stages=2), dict(remat="full")),
     "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_attention")),
-    "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
+    "chunked-context": (
+        (2, 1, 2, 2),
+        dict(),
+        dict(remat="full", attention="chunked", loss="chunked"),
+    ),
     "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
     "tied-head-kept": ((4, 1, 1, 2), dict(fsdp="kept"), dict(tied_head=True, layer_unroll=6)),
 }
