@@ -100,13 +100,13 @@ def test_training_step_equals_the_serial_model(shape, options):
 VARIANTS = {
     "remat": ((2, 2, 2, 1), dict(virtual_stages=2), dict(remat="full")),
     "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_attention")),
-    "chunked-context": (
-        (2, 1, 2, 2),
-        dict(),
-        dict(remat="full", attention="chunked", loss="chunked"),
-    ),
+    "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
     "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
-    "tied-head-kept": ((4, 1, 1, 2), dict(fsdp="kept"), dict(tied_head=True, layer_unroll=6)),
+    "tied-head-kept": (
+        (4, 1, 1, 2),
+        dict(fsdp="kept"),
+        dict(tied_head=True, layer_unroll=6, loss="chunked"),
+    ),
 }
 
 
