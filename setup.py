@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
-    package_data={"llama3_jax": ["templates/*.html"]},
+    package_data={"llama3_jax": ["templates/*.html", "kernels/gpu/*.json"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
