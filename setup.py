@@ -28,7 +28,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
         # The kernels in Triton's interpreter, and compiled for the chip on any machine.
-        "triton>=3.6; platform_system == 'Linux'",
+        "triton>=3.7; platform_system == 'Linux'",
     ],
     # The kernels on an NVIDIA GPU.
     "gpu": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
@@ -49,7 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
-    package_data={"llama3_jax": ["templates/*.html"]},
+    package_data={"llama3_jax": ["templates/*.html", "kernels/gpu/*.json"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",

@@ -33,6 +33,7 @@ def test_without_a_gpu_one_line_says_so(module, tmp_path):
     assert line.startswith("error: this measures an NVIDIA GPU, and jax finds none")
 
 
+@pytest.mark.slow
 def test_compile_only_prints_what_a_kernel_takes(tmp_path):
     done = run("kernels", "--compile_only", "--kernel=flash_forward", cache=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,7 @@ def test_tuning_gives_a_kernel_arguments_that_mean_something(kernel):
     assert [(x.shape, x.dtype) for x in arrays] == [(s.shape, s.dtype) for s in problem.shapes]
 
 
+@pytest.mark.slow
 def test_our_step_of_the_whole_model_runs_on_packed_documents(monkeypatch):
     monkeypatch.setattr(step_h100, "LENGTH", 64)
     monkeypatch.setattr(step_h100, "MEAN_DOCUMENT", 9)

@@ -34,6 +34,8 @@ def test_every_kernel_and_row_of_its_table_fits(kernel, row, blocks, launches):
         resources = compile_for_hopper(launch)
         assert resources.registers > 0
         assert resources.fits, resources
+        if blocks and row.endswith("bfloat16"):
+            assert resources.wgmma > 0
 
 
 def test_a_configuration_that_spills_or_is_too_large_is_seen():

@@ -103,7 +103,11 @@ VARIANTS = {
     "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_products")),
     "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
     "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
-    "tied-head-kept": ((4, 1, 1, 2), dict(fsdp="kept"), dict(tied_head=True, layer_unroll=6)),
+    "tied-head-kept": (
+        (4, 1, 1, 2),
+        dict(fsdp="kept"),
+        dict(tied_head=True, layer_unroll=6, loss="chunked"),
+    ),
 }
 
 

@@ -24,12 +24,14 @@ REGISTERS = 65_536
 
 
 class Resources(NamedTuple):
-    """Registers a thread, bytes spilled to local memory by a thread, shared bytes of a block."""
+    """Registers a thread, bytes spilled to local memory by a thread, shared bytes and threads of a
+    block, and how many instructions use Hopper's tensor cores."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
     threads: int
+    wgmma: int
 
     @property
     def fits(self) -> bool:
@@ -64,7 +66,8 @@ def compile_for_hopper(launch: Launch) -> Resources:
     registers, spilled = _assembled(compiled.asm["ptx"])
     # Warp specialisation adds warps of its own.
     warps = getattr(compiled.metadata, "total_num_warps", None) or compiled.metadata.num_warps
-    return Resources(registers, spilled, compiled.metadata.shared, 32 * warps)
+    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+    return Resources(registers, spilled, compiled.metadata.shared, 32 * warps, wgmma)
 
 
 def _assembled(ptx: str) -> tuple[int, int]:
