@@ -231,7 +231,9 @@ def _run(how: Chunks, hidden_NM, head_MV, targets_N, mask_N, vocabulary, differe
     start = (jnp.int32(0), jnp.zeros(N + padding, jnp.float32), None, None)
     if differentiated:
         start = (*start[:2], jnp.zeros_like(x), jnp.zeros(head_MV.shape, jnp.float32))
-    _, losses, dx, dhead_MV = jax.lax.while_loop(lambda c: c[0] * C < live, chunk, start)
+    # The planner reads in the compiled program how often the loop turns at most.
+    with jax.named_scope(f"turns.{len(x) // C}"):
+        _, losses, dx, dhead_MV = jax.lax.while_loop(lambda c: c[0] * C < live, chunk, start)
     losses_N = jnp.zeros(N, jnp.float32).at[order_N].set(losses[:N], unique_indices=True)
     if not differentiated:
         return (jnp.sum(losses_N), losses_N), None

@@ -29,7 +29,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((
 _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SCOPES = re.compile(re.escape(SCOPE) + r"(\w+)")
+# The scope that a loop of unknown turns stands in: what a pipeline rank may skip, or a bound.
+_LOOP = re.compile(rf"(?:{re.escape(SCOPE)}(\w+)|turns\.(\d+))\)*/while$")
 _PRODUCT = re.compile(r"__cublas|_gemm|__cudnn\$|triton_kernel_call")
 
 
@@ -149,16 +150,23 @@ def _turns(computations, entry: str, case: Case) -> dict[str, float]:
                 if known := _TURNS.search(instruction.rest):
                     each *= int(known[1])
                 else:
-                    names = _SCOPES.findall(instruction.where)
-                    if not names or schedule is None:
-                        raise UserError(f"a loop of unknown turns: {instruction.where}")
-                    each *= _share(names[-1], case, schedule)
+                    each *= _turns_of(instruction.where, case, schedule)
             for target in called:
                 if target in computations:
                     visit(target, each)
 
     visit(entry, 1.0)
     return turns
+
+
+def _turns_of(where: str, case: Case, schedule: Schedule | None) -> float:
+    """Turns of a loop whose number only its place in the traced program tells."""
+    found = _LOOP.search(where)
+    if found and found[2]:
+        return int(found[2])
+    if not found or schedule is None:
+        raise UserError(f"a loop of unknown turns: {where}")
+    return _share(found[1], case, schedule)
 
 
 def _share(name: str, case: Case, schedule: Schedule) -> float:

@@ -11,6 +11,7 @@ from llama3_jax.planning.case import Case
 from llama3_jax.planning.traffic import layer_parameters, stacked_layers, table_parameters
 
 _F32, _BF16 = 4, 2
+_CHUNK_BYTES = 2**28  # kernels/cross_entropy.py
 
 
 class Memory(NamedTuple):
@@ -111,8 +112,12 @@ def _head_inside(case: Case, kept: bool) -> float:
     """
     model, tokens, width = case.model, case.rank_tokens, _width(case)
     vocabulary = model.vocab_size // case.mesh.tensor
-    copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
-    inside = tokens * vocabulary * (copies * _F32 + width) + 2 * width * tokens * model.dim
+    if model.loss == "reference":
+        copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
+        inside = tokens * vocabulary * (copies * _F32 + width)
+    else:  # a chunk of logits at a time, and the head's gradient at once with them
+        inside = 3 * _CHUNK_BYTES + vocabulary * model.dim * _F32
+    inside += 2 * width * tokens * model.dim
     if _gathers(case, kept):
         inside += vocabulary * model.dim * (width + _F32)
     return inside

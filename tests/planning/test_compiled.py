@@ -12,7 +12,7 @@ from llama3_jax.planning.memory import forecast
 from llama3_jax.planning.traffic import in_step
 from tests.planning.compile_cases import CASES
 
-QUICK = ("zero3", "tensor", "pipeline", "all four")
+QUICK = ("zero3", "kernels", "pipeline", "all four")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -46,6 +46,10 @@ def check(name: str, result: dict) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_memory_and_traffic_are_those_of_the_compiled_step(quick, name):
     check(name, quick[name])
+
+
+def test_the_kernels_that_were_asked_for_are_in_the_program(quick):
+    assert quick["kernels"]["kernels"] > 5 and quick["zero3"]["kernels"] == 0
 
 
 def test_links_are_those_that_the_groups_span(quick):
