@@ -54,6 +54,8 @@ setup(
         "pyarrow>=17",
         "pydantic>=2.10",
         "rich>=13",
+        "scikit-learn>=1.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tiktoken>=0.9",
     ],

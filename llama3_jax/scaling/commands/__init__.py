@@ -1,0 +1,9 @@
+"""The commands of `python -m llama3_jax.fit`, one a file: flags, tables on the console, files."""
+
+from types import ModuleType
+
+from llama3_jax.scaling.commands import isoflop
+
+COMMANDS: dict[str, ModuleType] = {
+    "isoflop": isoflop,
+}
