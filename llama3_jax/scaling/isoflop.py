@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama3_jax.scaling import surface, warnings
+from llama3_jax.scaling.audit import sweep_biases
 from llama3_jax.scaling.minimize import Minimum
 from llama3_jax.scaling.noise import Outlier, Smooth, find_outliers, resample, smooth
 from llama3_jax.scaling.power_law import PowerLaw, fit_power_law
@@ -252,6 +253,7 @@ def result(fit: IsoflopFit) -> dict[str, Any]:
             for name, method in fit.methods.items()
             if method.vertices is not None
         },
+        "vertex_bias": _vertex_bias(fit),
         "curvature": curvature(fit),
         "outliers": [outlier.record(fit.runs) for outlier in fit.outliers],
         "warnings": fit.warnings,
@@ -290,6 +292,15 @@ def curvature(fit: IsoflopFit) -> dict[str, Any] | None:
         "ci": bounds,
         "flattening": bool(bounds and bounds[1] < 0),
     }
+
+
+def _vertex_bias(fit: IsoflopFit) -> list[float | None] | None:
+    """log(parabola's vertex / optimum) of each budget that a fitted surface leads to expect."""
+    for name in ("surface", "varpro"):
+        if name in fit.methods:
+            own = fit.methods[name].surfaces.rows(0)
+            return _finite(np.array(sweep_biases(fit.runs, own)))
+    return None
 
 
 def _vertex_records(runs: Runs, fit: MethodFit) -> list[dict[str, Any]]:
