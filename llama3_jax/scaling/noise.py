@@ -73,12 +73,15 @@ def resample(runs: Runs, fitted: np.ndarray, residual: np.ndarray, free: np.ndar
     everyone = residual[free > 0] if (free > 0).any() else np.zeros(1)
     for runs_m in runs.of_budgets():
         pool = residual[runs_m] if free[runs_m[0]] >= FREEDOM else everyone
-        pool = pool - pool.mean()
-        # Taking the mean off took some of the spread away.
-        pool = pool * np.sqrt(len(pool) / max(len(pool) - 1, 1))
-        drawn = rng.choice(pool, (count, len(runs_m)))
-        losses[:, runs_m] = fitted[runs_m] * (1 + drawn)
+        losses[:, runs_m] = fitted[runs_m] * (1 + draw(pool, (count, len(runs_m)), rng))
     return losses
+
+
+def draw(residual: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Residuals drawn with replacement, without their mean but with all of their spread."""
+    centred = residual - residual.mean()
+    # Taking the mean off took some of the spread away.
+    return rng.choice(centred * np.sqrt(len(centred) / max(len(centred) - 1, 1)), shape)
 
 
 def _scale(fit: Smooth, runs: Runs, judged: np.ndarray) -> Float[np.ndarray, "M"]:

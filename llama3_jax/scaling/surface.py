@@ -23,7 +23,7 @@ STARTS = 256
 # A resample starts from the lowest minima of the original fit, and from one random point.
 RESAMPLE_MINIMA = 2
 # The Huber threshold begins wide (least squares) and narrows to DELTA: few starts are then lost.
-SHARPNESS = np.concatenate([np.geomspace(0.3, DELTA, 24), np.full(56, DELTA)])
+SHARPNESS = np.concatenate([np.geomspace(0.3, DELTA, 24), np.full(150, DELTA)])
 RESAMPLE_SHARPNESS = np.concatenate([np.geomspace(0.02, DELTA, 10), np.full(50, DELTA)])
 
 

@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
-from llama3_jax.scaling.commands import isoflop
+from llama3_jax.scaling.commands import downstream, isoflop
 
 COMMANDS: dict[str, ModuleType] = {
     "isoflop": isoflop,
+    "downstream": downstream,
 }
