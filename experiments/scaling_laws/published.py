@@ -16,8 +16,10 @@ import numpy as np
 import scipy.optimize
 
 from llama3_jax.scaling.downstream import Checkpoints, Ladder, Target
+from llama3_jax.scaling.mix import MixRuns
+from llama3_jax.scaling.mix_tables import read_mix
 from llama3_jax.scaling.runs import Runs, make_runs
-from llama3_jax.scaling.surface import DELTA, Surface
+from llama3_jax.scaling.surface import DELTA, Points, Surface
 
 DIRECTORY = Path(
     os.environ.get(
@@ -140,3 +142,53 @@ def one_start_surface(ladder: Ladder) -> tuple[Surface, float]:
     )  # fmt: skip
     a, b, alpha, beta, E = found.x
     return Surface(E=E, A=np.exp(a), B=np.exp(b), alpha=alpha, beta=beta), found.fun
+
+
+# ------------------------------------------------------------------------- Gadre et al., over-training
+
+# Their five fitting runs (arXiv 2403.08540, section 3): four sizes at 20 tokens a parameter, and
+# the smallest one 16 times as long.
+GADRE_FIT = (
+    ("d=96_l=8_h=4", "1"), ("d=512_l=8_h=4", "1"), ("d=576_l=24_h=8", "1"),
+    ("d=1024_l=24_h=8", "1"), ("d=96_l=8_h=4", "16"),
+)  # fmt: skip
+# By training set: the 1.4B models and the 6.9B one, with their multiple of 20 tokens a parameter.
+GADRE_TARGETS = {
+    "rpj": (("open_lm_1b", "32"), ("open_lm_7b", "1")),
+    "c4_original": (("open_lm_1b", "4"), ("open_lm_7b", "1")),
+    "rw_original": (("open_lm_1b", "16"), ("open_lm_7b", "1")),
+}
+
+
+def gadre(dataset: str, loss: str = "loss_c4_val") -> tuple[Points, dict[str, tuple]]:
+    """The five small runs of a training set, and (params, tokens, loss) of each target."""
+    models = {
+        (row["name"].removeprefix(f"{dataset}-").rsplit("-", 1)[0], row["mult"]): row
+        for row in rows("gadre_overtrain", "models.csv")
+        if row["dataset"] == dataset
+    }
+    values = np.array([
+        [float(models[key][name]) for name in ("params", "tokens", loss)] for key in GADRE_FIT
+    ])  # fmt: skip
+    targets = {
+        f"{name} x{mult}": tuple(
+            float(models[name, mult][column]) for column in ("params", "tokens", loss)
+        )
+        for name, mult in GADRE_TARGETS[dataset]
+    }
+    return Points(*values.T, np.ones(len(values))), targets
+
+
+# --------------------------------------------------------------------------------------------- RegMix
+
+# The target of Liu et al. 2024 (arXiv 2407.01492).
+REGMIX_TARGET = "metric/the_pile_pile_cc_val_loss"
+
+
+def regmix(part: str) -> MixRuns:
+    """Mixes and losses: part is "train_1m" or "test_1m", "test_60m", "test_1B"."""
+    split, size = part.split("_")
+    folder = DIRECTORY / "regmix"
+    return read_mix(
+        folder / f"{split}_mixture_{size}.csv", folder / f"{split}_pile_loss_{size}.csv"
+    )

@@ -223,6 +223,24 @@ def fit_varpro(points: Points, starts: int = 64) -> tuple[Surface, Minimum]:
     return surface.rows(0), found
 
 
+def _tied_objective(exponent, data: Mapping, _):
+    return varpro_objective(jnp.concatenate([exponent, exponent]), data, _)
+
+
+TIED = Problem(_tied_objective)
+
+
+def fit_tied(points: Points, starts: int = 32) -> tuple[Surface, Minimum]:
+    """The surface with alpha = beta, for the few runs that determine four coefficients at most.
+
+    Gadre et al. 2024 (arXiv 2403.08540) predict over-trained models with it from five runs.
+    """
+    grid = np.log(np.geomspace(0.05, 1.5, starts))[:, None]
+    found = minimize(TIED, grid, points.data(), VARPRO_SHARPNESS)
+    both = np.repeat(found.params, 2)[None]
+    return _from_exponents(points, both, points.loss[None], points.weights[None]).rows(0), found
+
+
 def refit_varpro(
     points: Points, found: Minimum, loss_BM: np.ndarray, weights_BM: np.ndarray
 ) -> Surface:

@@ -2,9 +2,10 @@
 
 from types import ModuleType
 
-from llama3_jax.scaling.commands import downstream, isoflop
+from llama3_jax.scaling.commands import downstream, isoflop, mix
 
 COMMANDS: dict[str, ModuleType] = {
     "isoflop": isoflop,
     "downstream": downstream,
+    "mix": mix,
 }
