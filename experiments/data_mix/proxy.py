@@ -6,8 +6,8 @@
         --available=general=5e12,math=5e11,code=1e12,multilingual=3e12 --total_tokens=1.5e13
 
 Mixes are drawn around the default, Llama 3's 50/25/17/8 (paper, section 3.1.2), spread wide enough
-that a law sees each source rare and frequent. A corpus whose name has a class after a dot, such as
-general.arts, is a knowledge class of its source: classes that the web over-represents (arts and
+that a law sees each source rare and frequent. A corpus whose name has a class after it, such as
+general_arts, is a knowledge class of its source: classes that the web over-represents (arts and
 entertainment) start down-sampled by CLASS_FACTORS within their source's weight, and the law may
 move them further.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.recipe.config import run_config
 
@@ -38,14 +39,14 @@ def sources(corpora: Path) -> dict[str, float]:
         raise UserError(f"{corpora}: no corpora (directories with train/)")
     weights: dict[str, float] = {}
     for name in names:
-        source, _, kind = name.partition(".")
+        source, _, kind = name.partition("_")
         if source not in DEFAULT_MIX:
             raise UserError(f"{corpora / name}: source {source!r} is none of "
                             f"{', '.join(DEFAULT_MIX)}")  # fmt: skip
         tokens = _tokens(corpora / name) if kind else 1.0
         weights[name] = tokens * CLASS_FACTORS.get(kind, 1.0)
     for source, share in DEFAULT_MIX.items():
-        own = [name for name in names if name.partition(".")[0] == source]
+        own = [name for name in names if name.partition("_")[0] == source]
         total = sum(weights[name] for name in own)
         for name in own:
             weights[name] *= share / total
@@ -54,8 +55,6 @@ def sources(corpora: Path) -> dict[str, float]:
 
 
 def _tokens(corpus: Path) -> float:
-    from llama3_jax.data.corpus import Corpus
-
     return float(Corpus(corpus / "train").info.tokens)
 
 

@@ -2,10 +2,11 @@
 
 from types import ModuleType
 
-from llama3_jax.scaling.commands import downstream, isoflop, mix
+from llama3_jax.scaling.commands import downstream, isoflop, mix, probe
 
 COMMANDS: dict[str, ModuleType] = {
     "isoflop": isoflop,
     "downstream": downstream,
     "mix": mix,
+    "probe": probe,
 }
