@@ -2,11 +2,12 @@
 
 from types import ModuleType
 
-from llama3_jax.scaling.commands import downstream, isoflop, mix, probe
+from llama3_jax.scaling.commands import downstream, isoflop, mix, plan, probe
 
 COMMANDS: dict[str, ModuleType] = {
     "isoflop": isoflop,
     "downstream": downstream,
     "mix": mix,
     "probe": probe,
+    "plan": plan,
 }
