@@ -137,8 +137,9 @@ def refit_huber(
 def _from_logs(params, centre: tuple[float, float]) -> Surface:
     a, b, e, log_alpha, log_beta = params
     alpha, beta = np.exp(log_alpha), np.exp(log_beta)
-    return Surface(np.exp(e), np.exp(a + alpha * centre[0]), np.exp(b + beta * centre[1]),
-                   alpha, beta)  # fmt: skip
+    with np.errstate(over="ignore"):
+        A, B = np.exp(a + alpha * centre[0]), np.exp(b + beta * centre[1])
+    return Surface(np.exp(e), A, B, alpha, beta)
 
 
 # --------------------------------------------------------------- variable projection, squared loss
@@ -260,4 +261,5 @@ def _from_exponents(points: Points, exponents_B2, loss_BM, weights_BM) -> Surfac
         ).T
     alpha, beta = np.exp(np.asarray(exponents_B2)).T
     n, d = points.centre
-    return Surface(E, A * np.exp(alpha * n), B * np.exp(beta * d), alpha, beta)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Surface(E, A * np.exp(alpha * n), B * np.exp(beta * d), alpha, beta)
