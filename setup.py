@@ -19,6 +19,9 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
         "pytest>=8",
         "ruff>=0.9",
         "safetensors>=0.5",
