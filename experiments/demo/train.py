@@ -1,4 +1,4 @@
-"""The demo's main run: a 1.8M-parameter Llama 3 on four sources of real text, on a laptop's CPU.
+"""The demo's main run: a small Llama 3 on four sources of real text, on a laptop's CPU.
 
     make demo
     python -m llama3_jax.train --config=experiments/demo/train.py --workdir=runs/demo
