@@ -18,9 +18,12 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        "ipykernel>=6.29",
         # The compiler of the extra `plan`: 0.4 GB, and none of NVIDIA's libraries.
         "jax-cuda13-plugin>=0.10.2; platform_system == 'Linux'",
         "jax-triton>=0.3.1; platform_system == 'Linux'",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
@@ -68,6 +71,8 @@ setup(
         "pydantic>=2.10",
         "regex>=2024.11.6",
         "rich>=13",
+        "scikit-learn>=1.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tiktoken>=0.9",
     ],

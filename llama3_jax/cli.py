@@ -22,8 +22,11 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Parses absl flags, runs `main(argv)` and exits with its code; UserError exits with 2."""
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
+    """Parses absl flags, runs `main(argv)` and exits with its code; UserError exits with 2.
+
+    `argv` is what to parse instead of the process's own, the program's name first.
+    """
 
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
@@ -40,7 +43,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
                 raise
             return fail(f"no space left on the disk that holds {error.filename or os.getcwd()}")
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, argv=argv, flags_parser=_parse_flags)
 
 
 def _choose_platform() -> None:

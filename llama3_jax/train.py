@@ -30,7 +30,7 @@ from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
 from llama3_jax.recipe.prepare import Run, context_balances, prepare, print_timeline
-from llama3_jax.recipe.resume import check_same_run, run_metadata
+from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
 from llama3_jax.training.hardware import peak_flops
@@ -100,7 +100,11 @@ def train(run: Run, workdir: Path) -> int:
         del restored  # or its arrays would stay as long as the run
     else:
         step, bad_steps, layout = 0, 0, layouts[0]
-        state = init_state(model, optimizer, layout, config.seed)
+        if config.init_from:
+            state = TrainState(*start_state(config, run.corpora, abstract[0]))
+            state = from_canonical(state, model, optimizer, layout)
+        else:
+            state = init_state(model, optimizer, layout, config.seed)
     tokenizer = next(iter(run.corpora.values())).tokenizer()
     writes = processes.is_first()
     if writes:

@@ -20,7 +20,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo import corpus
+from experiments.demo import corpus, ladder
 from experiments.demo.train import SOURCES, VOCAB_SIZE
 from llama3_jax import cli, report
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
@@ -52,10 +52,11 @@ def main(_) -> int:
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
+    part("train a ladder of small models, fit scaling laws", workdir / "ladder", climb)
     console.rule("train", align="left")
     if code := train(workdir):
         return code
-    report.write_report(workdir, tokenizers.sections(workdir))
+    report.write_report(workdir, [ladder.section(workdir), *tokenizers.sections(workdir)])
     summarise(workdir)
     return 0
 
@@ -137,6 +138,24 @@ def count_baselines(result: Path) -> None:
         each = ", ".join(f"{source} {loss:.3f}" for source, loss in losses[name].items())
         console.print(f"{name}: {each} nats per held-out token")
     write_json(result, losses)
+
+
+def climb(result: Path) -> None:
+    """Small runs, their fit, and the main model's size and loss as they foresee it."""
+    ladder.run_ladder(result, console.print)
+    made = json.loads((result / ladder.PLAN_FILE).read_text())
+    console.print(
+        f"main model: {made['layers']} layers of {made['dim']}, {made['params']:,} parameters in "
+        f"products, on {made['tokens']:,} tokens"
+    )
+    if made["loss"] is not None:
+        low, high = made["loss_ci"]
+        console.print(
+            f"forecast of its held-out loss: {made['loss']:.3f} ({made['level']:.0%}: "
+            f"{low:.3f} to {high:.3f})"
+        )
+    for warning in made["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
 
 
 def train(workdir: Path) -> int:

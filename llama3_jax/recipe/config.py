@@ -57,9 +57,14 @@ class SampleConfig(Config):
 
 
 class RunConfig(Config):
-    """A training run. `max_bad_steps` consecutive steps with a NaN or infinite loss stop it."""
+    """A training run. `max_bad_steps` consecutive steps with a NaN or infinite loss stop it.
+
+    `init_from` is the directory of another run whose newest checkpoint gives the first parameters
+    and optimizer state: a new run, with its own data, seed and timeline.
+    """
 
     seed: int = 0
+    init_from: str | None = None
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig

@@ -1,6 +1,7 @@
 """What a checkpoint says of its run, and whether a config goes on with the same one."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from llama3_jax.data.corpus import Corpus
@@ -8,7 +9,12 @@ from llama3_jax.errors import UserError
 from llama3_jax.kernels.dispatch import KERNELS
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
-from llama3_jax.training.checkpoint import model_metadata
+from llama3_jax.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    DamagedCheckpoint,
+    model_metadata,
+)
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
@@ -46,6 +52,37 @@ def _past_learning_rates(timeline: Timeline, step: int) -> dict[str, float]:
     steps |= {first - 1 for first in steps} | {step - 1}
     past = sorted(s for s in steps if 0 <= s < min(step, timeline.steps))
     return {str(s): timeline.step_learning_rate(s) for s in past}
+
+
+def start_state(
+    config: RunConfig, corpora: dict[str, Corpus], abstract: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """(parameters, optimizer state) of the newest checkpoint of `config.init_from`.
+
+    Raises:
+      UserError: it has none, the newest is damaged, or it is of another model or tokenizer.
+    """
+    directory = Path(config.init_from) / CHECKPOINTS
+    if not directory.is_dir():
+        raise UserError(f"config.init_from: {config.init_from} has no {CHECKPOINTS}")
+    checkpoints = Checkpoints(directory, keep_last=1, keep_every=1)  # nothing is saved there
+    if not (steps := checkpoints.steps()):
+        raise UserError(f"config.init_from: {directory} holds no checkpoint")
+    try:
+        saved = checkpoints.metadata(steps[-1])
+        now = model_metadata(config.model, next(iter(corpora.values())).info.tokenizer)
+        for key, value in now["model"].items():
+            if key not in _FREE_MODEL_KEYS and saved["model"].get(key) != value:
+                raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
+                                f"trained with {saved['model'].get(key)!r}")  # fmt: skip
+        if saved["tokenizer"] != now["tokenizer"]:
+            raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
+        restored = checkpoints.restore(steps[-1], *abstract)
+    except DamagedCheckpoint as error:
+        raise UserError(
+            f"config.init_from: {directory / str(steps[-1])} is damaged: {error}"
+        ) from None
+    return restored.params, restored.optimizer
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:

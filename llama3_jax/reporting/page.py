@@ -58,7 +58,7 @@ def write_report(workdir: Path, extra_sections: Sequence[Section] = ()) -> Path:
         plotly_js=Markup(plotly.offline.get_plotlyjs()),
         summary=summary,
         summary_note=summary_note,
-        plots={
+        plot_groups={
             "Loss": list(_numbered("loss", figures.loss_plots(run))),
             "Schedule": list(_numbered("schedule", figures.schedule_plots(run))),
             "Steps": list(_numbered("steps", figures.step_plots(run))),
@@ -71,11 +71,28 @@ def write_report(workdir: Path, extra_sections: Sequence[Section] = ()) -> Path:
         config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else None,
     )  # fmt: skip
     path = workdir / REPORT_FILE
-    try:
-        write_text(path, page)
-    except PermissionError:
-        raise UserError(f"{path}: no permission to write it") from None
+    _write(path, page)
     return path
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Writes a page of sections alone, for what is not about one run.
+
+    Raises:
+      UserError: it can't be written.
+    """
+    page = _environment().get_template("page.html").render(
+        title=title,
+        plotly_js=Markup(plotly.offline.get_plotlyjs()),
+        sections=[dataclasses.replace(s, html=Markup(s.html)) for s in sections],
+    )  # fmt: skip
+    _write(path, page)
+
+
+def plots_html(group: str, plots: Sequence[figures.Plot]) -> str:
+    """Plots as cards side by side, for the html of a Section."""
+    template = _environment().get_template("plots.html")
+    return str(template.module.plots(list(_numbered(group, plots))))
 
 
 def table_html(table: Table) -> str:
@@ -180,6 +197,13 @@ def _ends(first: float, last: float, form: str) -> str:
 
 
 # --------------------------------------------------------------------------------------- the page
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        write_text(path, page)
+    except PermissionError:
+        raise UserError(f"{path}: no permission to write it") from None
 
 
 def _environment() -> jinja2.Environment:
