@@ -64,17 +64,35 @@ def test_the_other_cases():
         check(name, result)
 
 
-@pytest.fixture(scope="module")
-def long_context(tmp_path_factory) -> dict:
-    """The paper's step of 131,072 tokens a row on 16,384 H100s, compiled by the door."""
-    target = tmp_path_factory.mktemp("plan") / "plan.json"
+def planned(config: str, folder) -> dict:
+    """A stage as the door compiles it."""
+    target = folder / "plan.json"
     done = subprocess.run(
         [sys.executable, "-m", "llama3_jax.plan", f"--json={target}",
-         "--config=experiments/production/llama3_405b.py:128k_16384"],
+         f"--config=experiments/production/{config}"],
         capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(target.read_text())["stages"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", ["llama3_8b.py:all_kernels", "llama3_70b.py", "llama3_405b.py:8k_8192",
+               "llama3_405b.py:8k_16384"],
+)  # fmt: skip
+def test_production_layouts_fit_as_forecast(tmp_path, config):
+    stage = planned(config, tmp_path)
+    assert stage["fits"]
+    peak = stage["memory_compiled"]["peak"]
+    assert stage["memory_forecast"]["total"] == pytest.approx(peak, rel=0.1)
+    assert stage["memory_compiled"]["compile_process_bytes"] < 12e9
+
+
+@pytest.fixture(scope="module")
+def long_context(tmp_path_factory) -> dict:
+    """The paper's step of 131,072 tokens a row on 16,384 H100s."""
+    return planned("llama3_405b.py:128k_16384", tmp_path_factory.mktemp("plan"))
 
 
 def test_keys_and_values_are_gathered_and_queries_are_not(long_context):
