@@ -2,12 +2,12 @@
 
     python -m llama3_jax.fit isoflop --data=runs.csv --target_flops=3.8e25 --json=out.json
     python -m llama3_jax.fit downstream --data=ladder.csv --target_params=4e11 --target_tokens=1.6e13
-    python -m llama3_jax.fit mix --weights=weights.csv --losses=losses.csv --target=all
-    python -m llama3_jax.fit probe --data=probes.csv
+    python -m llama3_jax.fit mix --weights=weights.csv --losses=losses.csv
+    python -m llama3_jax.fit probe --data=scores.csv
     python -m llama3_jax.fit plan --budget=1e20 --data=runs.csv --target_flops=3.8e25
 
 `python -m llama3_jax.fit COMMAND --helpshort` lists the options of a command. Each prints tables,
-writes everything with --json, and plots with --report.
+writes everything with --json; `isoflop` plots with --report.
 """
 
 import os
@@ -26,6 +26,9 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]) -> None:
     name = arguments[1] if len(arguments) > 1 else ""
+    if name in ("--help", "--helpshort", "-h"):
+        print(__doc__)
+        return
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         said = f"{name!r} is no command" if name else "a command is missing"

@@ -63,6 +63,10 @@ CASES = {
         lambda s: {("tokns" if k == "tokens" else k): v for k, v in s.items()},
         "column 'tokens' is absent; there: flops, tokns, loss; is it 'tokns'?",
     ),
+    "one size a budget": (
+        lambda s: {k: v[::9] for k, v in s.items()},
+        "no method fits these runs",
+    ),
     "no rows": (lambda s: {k: v[:0] for k, v in s.items()}, "no rows under the header"),
 }
 

@@ -5,9 +5,9 @@
     python -m experiments.scaling_laws.isoflop --profile=llama3        # the sweep and its audit
 
 `sweep()` names every run; experiments/scaling_laws/collect.py makes the table of what they end with,
-which `python -m llama3_jax.fit isoflop` reads. Corpora are
-looked for in corpora/{general,math,code,multilingual} (written by llama3_jax.tokenize); the mix is
-Llama 3's 50/25/17/8 (paper, section 3.1.2).
+which `python -m llama3_jax.fit isoflop` reads. Corpora are looked for in
+corpora/{general,math,code,multilingual} (written by llama3_jax.tokenize); the mix is Llama 3's
+50/25/17/8 (paper, section 3.1.2).
 """
 
 from absl import flags

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
+from llama3_jax.errors import UserError
 from llama3_jax.reporting.page import Section, plots_html, write_page
 from llama3_jax.scaling import isoflop
 from llama3_jax.scaling.commands.common import (
@@ -41,6 +42,8 @@ def main() -> None:
         target, FLAGS.resamples, FLAGS.level, FLAGS.seed, tuple(dict.fromkeys(FLAGS.methods))
     )
     fit = isoflop.fit_isoflop(read_runs(path), options)
+    if not fit.methods:
+        raise UserError(f"{path}: no method fits these runs: {'; '.join(fit.warnings)}")
     result = isoflop.result(fit)
     print_result(result)
     write_result(result)
