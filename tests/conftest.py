@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from experiments.scaling_laws import published
 from llama3_jax.data import tokenizing
 from llama3_jax.data.tokenizer import Tokenizer
 
@@ -89,3 +90,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The directory of the published sweeps, or a skip."""
+    if not published.DIRECTORY.is_dir():
+        pytest.skip(f"published sweeps are not in {published.DIRECTORY}")
+    return published.DIRECTORY

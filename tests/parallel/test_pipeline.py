@@ -159,12 +159,13 @@ def random_cases():
             N = int(random.integers(1, 7)) if V > 1 else None
             M, layers = int(random.integers(1, 9)), int(random.integers(1, 2 * P * V))
             values = dict(pipe=P, schedule=name, virtual_stages=V, contiguous=N)
-            name = f"{name}-P{P}-V{V}-N{N}-M{M}-layers{layers}"
-            yield pytest.param(MeshConfig(**values), M, layers, id=name)
+            # What was drawn stays out of the name: pytest's workers must agree on names.
+            yield pytest.param(MeshConfig(**values), M, layers, id=f"{name}-P{P}")
 
 
 @pytest.mark.parametrize("config, micro_batches, layers", list(random_cases()))
 def test_loss_gradients_and_ticks_of_a_toy_network(config, micro_batches, layers):
+    print(config, f"{micro_batches} micro-batches, {layers} layers")  # shown where it fails
     network = toy(np.random.default_rng(), layers, micro_batches)
     loss, (gradients, end_gradients) = serial(*network)
     schedule = make_schedule(config, micro_batches)
