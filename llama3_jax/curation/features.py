@@ -1,0 +1,192 @@
+"""What a block looks like, in numbers: the input of the classifier.
+
+Legend: N blocks, F features. Features describe the block itself, the sections around it, its
+neighbours and the page; none names a site or a language.
+"""
+
+import re
+
+import numpy as np
+from jaxtyping import Float
+
+from llama3_jax.curation import markup
+from llama3_jax.curation.blocks import Page
+
+_WORD = re.compile(r"\w+")
+_ENDS = tuple(".!?。！？…:;\"”»")
+_PRICE = re.compile(r"[$€£¥₹]\s?\d|\d\s?[$€£₹]")
+_DATE = re.compile(r"\b(?:19|20)\d\d\b|\b\d{1,2}[:/.]\d\d\b")
+_SPECIAL = re.compile(r"[|©›»•·→▼✓]|\.\.\.$|…$")
+_TAGS = ("p", "li", "td", "th", "tr", "dt", "dd", "div", "span", "blockquote", "button", "pre",
+         "figcaption", "label", "option", "section", "article", "table", "center")  # fmt: skip
+_ANCESTORS = 6
+_BITS = np.array([1 << index for index in range(len(markup.BITS))])
+_LISTS = frozenset(("ul", "ol", "menu", "dl"))
+_PAGE_TAGS = ("article", "main", "h1", "p", "li", "table", "form", "nav", "pre")
+
+
+def words_in(text: str) -> int:
+    return len(_WORD.findall(text))
+
+
+def of_page(page: Page, title: str) -> Float[np.ndarray, "N F"]:
+    """One row a block; `title` is the page's."""
+    blocks, sections = page.blocks, page.sections
+    count = len(blocks)
+    title_words = set(_WORD.findall(title.lower()))
+    seen: dict[str, int] = {}
+    for block in blocks:
+        seen[block.text] = seen.get(block.text, 0) + 1
+    rows, words_N, chars_N, linked_N = [], [], [], []
+    for block in blocks:
+        text = block.text
+        tokens = _WORD.findall(text)
+        words, chars = len(tokens), len(text)
+        lowered = sum(1 for token in tokens if token[0].islower())
+        capitals = sum(1 for token in tokens if token.isupper())
+        stops = text.count(". ") + text.count(", ") + text.count("。") + text.count("，")
+        tag = block.tag
+        section = sections[block.section]
+        overlap = len(title_words.intersection(_WORD.findall(text.lower()))) if words < 40 else 0
+        words_N.append(words)
+        chars_N.append(chars)
+        linked_N.append(block.linked)
+        rows.append((
+            words, chars, chars / (words + 1), block.linked / (chars + 1), block.links,
+            lowered / (words + 1), capitals / (words + 1), stops, stops / (words + 1),
+            text.endswith(_ENDS), text[0].islower(), text[0].isdigit(), text.count("\n"),
+            sum(1 for token in tokens if token.isdigit()) / (words + 1),
+            bool(_PRICE.search(text)), bool(_DATE.search(text)), len(_SPECIAL.findall(text)),
+            markup.HEADINGS.get(tag, 0), _TAGS.index(tag) if tag in _TAGS else -1,
+            block.code, block.math, block.bold / (chars + 1), seen[text],
+            overlap / (len(title_words) + 1), overlap / (words + 1), section.depth, "?" in text,
+        ))  # fmt: skip
+    own = np.array(rows, np.float32)
+    words_N = np.array(words_N, np.float64)
+    chars_N, linked_N = np.array(chars_N, np.float64), np.array(linked_N, np.float64)
+    index_N = np.arange(count)
+    section_N = np.array([block.section for block in blocks])
+    total = words_N.sum() + 1
+
+    # The bits of the sections around, and how near the nearest section that sets each is: only
+    # whether the innermost three do.
+    bits_N = np.array([sections[block.section].bits for block in blocks])
+    near_N = np.array([_near(sections, block.section) | block.classes for block in blocks])
+    bits_NB = (bits_N[:, None] & _BITS) > 0
+    near_NB = (near_N[:, None] & _BITS) > 0
+
+    around = _around(page, section_N, words_N, chars_N, linked_N, index_N, own[:, 9], total)
+    before = np.cumsum(words_N) - words_N
+    h1_N = own[:, 17] == 1
+    first_h1 = int(np.argmax(h1_N)) if h1_N.any() else -1
+    position = np.stack([
+        index_N / count, before / total, index_N, count - index_N,
+        (index_N - first_h1) if first_h1 >= 0 else np.full(count, -999),
+        _since(own[:, 17] > 0), _until(own[:, 17] > 0), _since(words_N >= 20), _until(words_N >= 20),
+    ], axis=1)  # fmt: skip
+    density = linked_N / (chars_N + 1)
+    neighbours = [
+        _shifted(column, step)
+        for step in (-2, -1, 1, 2)
+        for column in (words_N, density, own[:, 17], own[:, 9], own[:, 18])
+    ]
+    same = [(_shifted(section_N, step, -1) == section_N).astype(np.float32) for step in (-1, 1)]
+    windows = [_window(words_N, 3), _window(words_N, 10), _window(linked_N, 3) / (_window(chars_N, 3) + 1),
+               _window(linked_N, 10) / (_window(chars_N, 10) + 1)]  # fmt: skip
+
+    tags = [section.tag for section in sections]
+    in_p = sum(words for words, block in zip(words_N, blocks, strict=True) if block.tag == "p")
+    page_row = [
+        total, count, linked_N.sum() / (chars_N.sum() + 1), in_p / total, own[:, 14].mean(),
+        own[:, 15].mean(), words_N[words_N >= 20].sum() / total, words_N.max(), own[:, 3].mean(),
+        *(tags.count(tag) for tag in _PAGE_TAGS),
+        *((bits_NB * words_N[:, None]).sum(0) / total),
+    ]  # fmt: skip
+    whole = np.tile(np.array(page_row, np.float32), (count, 1))
+    return np.concatenate(
+        [own, bits_NB, near_NB, around, position, np.stack([*neighbours, *same, *windows], 1), whole],
+        axis=1,
+    ).astype(np.float32)
+
+
+def _near(sections, index: int) -> int:
+    found = 0
+    for _ in range(3):
+        if index < 0:
+            break
+        found |= sections[index].own
+        index = sections[index].parent
+    return found
+
+
+def _around(page, section_N, words_N, chars_N, linked_N, index_N, ends_N, total):
+    """Sums over the sections around each block: the innermost six, and the outermost three."""
+    sections = page.sections
+    count = len(sections)
+    parents = np.array([section.parent for section in sections])
+    sums_S = np.zeros((count, 5))
+    np.add.at(
+        sums_S, section_N, np.stack([words_N, chars_N, linked_N, np.ones_like(words_N), ends_N], 1)
+    )
+    first_S = np.full(count, len(index_N))
+    np.minimum.at(first_S, section_N, index_N)
+    # Children come after their parents: add up from the last.
+    rows, firsts = sums_S.tolist(), first_S.tolist()
+    for index in range(count - 1, 0, -1):
+        row, above = rows[index], rows[parents[index]]
+        for column in range(5):
+            above[column] += row[column]
+        firsts[parents[index]] = min(firsts[parents[index]], firsts[index])
+    sums_S, first_S = np.array(rows), np.array(firsts)
+    children_S = np.array([section.children for section in sections])
+    tag_S = np.array([_TAGS.index(s.tag) if s.tag in _TAGS else -1 for s in sections])
+    alike_S = _alike(sections)
+    list_S = np.array([s.tag in _LISTS for s in sections])
+    columns = []
+    at_N = section_N
+    for level in range(_ANCESTORS):
+        words, chars, linked, blocks, ends = sums_S[at_N].T
+        columns += [words, linked / (chars + 1), blocks, words / (blocks + 1), words / total]
+        columns += [ends / (blocks + 1), children_S[at_N], index_N - first_S[at_N]]
+        if level < 4:
+            columns += [tag_S[at_N], alike_S[at_N], list_S[at_N]]
+        at_N = np.where(at_N > 0, parents[at_N], 0)
+    return np.stack(columns, axis=1)
+
+
+def _alike(sections) -> np.ndarray:
+    """How many children of its parent share each section's tag and class."""
+    counts: dict[tuple, int] = {}
+    keys = [(section.parent, section.tag, section.name) for section in sections]
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return np.array([counts[key] for key in keys])
+
+
+def _shifted(column, step: int, fill: float = -1):
+    moved = np.full(len(column), fill, dtype=np.float32)
+    if abs(step) < len(column):
+        if step > 0:
+            moved[:-step] = column[step:]
+        else:
+            moved[-step:] = column[:step]
+    return moved
+
+
+def _window(column, radius: int):
+    sums = np.concatenate([[0], np.cumsum(column)])
+    index = np.arange(len(column))
+    return (
+        sums[np.minimum(index + radius + 1, len(column))] - sums[np.maximum(index - radius, 0)]
+    )
+
+
+def _since(flags):
+    """Blocks since the last that is flagged, -1 before the first."""
+    index = np.arange(len(flags))
+    last = np.maximum.accumulate(np.where(flags, index, -1))
+    return np.where(last >= 0, index - last, -1)
+
+
+def _until(flags):
+    return _since(flags[::-1])[::-1]
