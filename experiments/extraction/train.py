@@ -64,15 +64,12 @@ def examples(page: truth.Page):
 
 
 def fit(sets) -> HistGradientBoostingClassifier:
-    """Each page weighs the same; a block weighs as its words, and soft labels count for both."""
+    """Each page weighs the same; a block weighs as its words and as its label is clear."""
     x = np.concatenate([one[0] for one in sets])
     y = np.concatenate([one[1] for one in sets])
     weight = np.concatenate([np.sqrt(one[2] + 0.5) / np.sqrt(one[2] + 0.5).sum() for one in sets])
-    weight *= len(weight) / weight.sum()
-    rows, targets = np.concatenate([x, x]), np.concatenate([np.ones(len(x)), np.zeros(len(x))])
-    weights = np.concatenate([weight * y, weight * (1 - y)])
-    used = weights > 0
-    return HistGradientBoostingClassifier(**SETTINGS).fit(rows[used], targets[used], weights[used])
+    weight *= np.abs(2 * y - 1) * len(weight) / weight.sum()
+    return HistGradientBoostingClassifier(**SETTINGS).fit(x, y > 0.5, weight)
 
 
 def to_arrays(model: HistGradientBoostingClassifier) -> dict[str, np.ndarray]:

@@ -249,21 +249,31 @@ class _Reader:
 
     def flush(self) -> None:
         """Ends the block that is being read."""
-        if self.has_text:
-            text = markdown.strip(self.pieces, self.literal)
-            lines = " ".join(text.translate(_CONTROLS_KEPT).split()).split(_BREAK)
+        if not self.has_text:
+            if self.pieces:
+                self.reset()
+            return
+        text = markdown.strip(self.pieces, self.literal)
+        if not text.isprintable():
+            text = text.translate(_CONTROLS_KEPT)
+        text = " ".join(text.split())
+        if _BREAK in text or _CELL in text:
             lines = [
-                "\t".join(cell.strip() for cell in line.split(_CELL)).strip() for line in lines
+                "\t".join(cell.strip() for cell in line.split(_CELL)).strip()
+                for line in text.split(_BREAK)
             ]
             text = "\n".join(line for line in lines if line)
-            if text:
-                tag = self.cell or self.sections[self.section].tag
-                self.blocks.append(
-                    Block(
-                        text, self.section, tag, min(self.linked, len(text)), self.links,
-                        math=self.has_math, bold=self.bold, classes=self.classes,
-                    )
-                )  # fmt: skip
+        if text:
+            tag = self.cell or self.sections[self.section].tag
+            self.blocks.append(
+                Block(
+                    text, self.section, tag, min(self.linked, len(text)), self.links,
+                    math=self.has_math, bold=self.bold, classes=self.classes,
+                )
+            )  # fmt: skip
+        self.reset()
+
+    def reset(self) -> None:
         self.pieces.clear()
         self.literal.clear()
         self.linked = self.links = self.bold = self.classes = 0

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from llama3_jax.curation import markup
 from llama3_jax.curation.blocks import Page
 
+WORDS = 0  # the column that holds a block's words
 _WORD = re.compile(r"\w+")
 _ENDS = tuple(".!?。！？…:;\"”»")
 _PRICE = re.compile(r"[$€£¥₹]\s?\d|\d\s?[$€£₹]")
