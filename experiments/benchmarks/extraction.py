@@ -40,7 +40,9 @@ _MARKERS = re.compile(
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("pages", None, "Folder with truth.jsonl and pages/; else the shared data's.")
+    flags.DEFINE_string(
+        "pages", None, "Folder with truth.jsonl and pages/; else the shared data's."
+    )
     flags.DEFINE_string("docs", None, "Folder with Debian's unpacked documentation packages.")
     flags.DEFINE_integer("docs_pages", 400, "Pages a documentation package at most, evenly taken.")
     flags.DEFINE_string("json", None, "File that takes every page's measurement.")
@@ -101,7 +103,9 @@ def show(rows: list[dict], title: str, names: list[str]) -> None:
     table.add_column("F1 - trafilatura", justify="right")
     table.add_column("speed / trafilatura", justify="right")
     for kind in [*sorted({row["kind"] for row in rows}), "all"]:
-        part = {n: [r for r in rows if r["side"] == n and kind in (r["kind"], "all")] for n in names}
+        part = {
+            n: [r for r in rows if r["side"] == n and kind in (r["kind"], "all")] for n in names
+        }
         f1 = {n: np.mean([row["f1"] for row in part[n]]) for n in names}
         speed = {n: len(part[n]) / sum(row["seconds"] for row in part[n]) for n in names}
 
@@ -144,7 +148,9 @@ def measure_docs(folder: Path, by_name: dict, limit: int) -> None:
     for name in by_name:
         table.add_column(f"{name}: TeX, code, code with its white space", justify="right")
     for package in ("sympy", "scipy"):
-        files = sorted(path for path in folder.rglob("*.html") if f"python-{package}-doc" in str(path))
+        files = sorted(
+            path for path in folder.rglob("*.html") if f"python-{package}-doc" in str(path)
+        )
         if not files:
             raise UserError(f"--docs={folder}: no page of python-{package}-doc; see --help")
         files = [path for path in files if not path.is_symlink()]
@@ -165,7 +171,9 @@ def measure_docs(folder: Path, by_name: dict, limit: int) -> None:
                     sum(one in text for one in blocks),
                 )  # fmt: skip
         cells = [
-            ", ".join(f"{100 * share:.1f}%" for share in kept[n] / np.maximum((math, code, code), 1))
+            ", ".join(
+                f"{100 * share:.1f}%" for share in kept[n] / np.maximum((math, code, code), 1)
+            )
             for n in by_name
         ]
         table.add_row(package, str(len(files)), str(math), str(code), *cells)

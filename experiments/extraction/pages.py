@@ -11,7 +11,9 @@ from pathlib import Path
 
 from llama3_jax.errors import UserError
 
-DATA = Path(os.environ.get("LLAMA3_JAX_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
+DATA = Path(
+    os.environ.get("LLAMA3_JAX_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data"
+)
 ASIDE_SHARE = 0.3
 _WORD = re.compile(r"\w+")
 

@@ -74,7 +74,9 @@ def _declared(page: bytes, content_type: str | None) -> str | None:
     start = page[:SNIFFED_BYTES]
     header = _HEADER.search(content_type or "")
     names = [header[1]] if header else []
-    names += [found[1].decode("ascii") for found in (_META.search(start), _XML.search(start)) if found]
+    names += [
+        found[1].decode("ascii") for found in (_META.search(start), _XML.search(start)) if found
+    ]
     for name in names:
         try:
             known = codecs.lookup(name)

@@ -139,7 +139,18 @@ def _group(sections: list[blocks.Section], block: blocks.Block) -> int | None:
     index = block.section
     for _ in range(4):
         section = sections[index]
-        if section.tag in ("li", "dt", "dd", "tr", "td", "th", "tbody", "thead", "tfoot", "caption"):
+        if section.tag in (
+            "li",
+            "dt",
+            "dd",
+            "tr",
+            "td",
+            "th",
+            "tbody",
+            "thead",
+            "tfoot",
+            "caption",
+        ):
             index = section.parent
         elif section.tag in ("ul", "ol", "menu", "dl", "table"):
             return index

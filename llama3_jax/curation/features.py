@@ -14,7 +14,7 @@ from llama3_jax.curation.blocks import Page
 
 WORDS = 0  # the column that holds a block's words
 _WORD = re.compile(r"\w+")
-_ENDS = tuple(".!?。！？…:;\"”»")
+_ENDS = tuple('.!?。！？…:;"”»')
 _PRICE = re.compile(r"[$€£¥₹]\s?\d|\d\s?[$€£₹]")
 _DATE = re.compile(r"\b(?:19|20)\d\d\b|\b\d{1,2}[:/.]\d\d\b")
 _SPECIAL = re.compile(r"[|©›»•·→▼✓]|\.\.\.$|…$")
@@ -105,7 +105,15 @@ def of_page(page: Page, title: str) -> Float[np.ndarray, "N F"]:
     ]  # fmt: skip
     whole = np.tile(np.array(page_row, np.float32), (count, 1))
     return np.concatenate(
-        [own, bits_NB, near_NB, around, position, np.stack([*neighbours, *same, *windows], 1), whole],
+        [
+            own,
+            bits_NB,
+            near_NB,
+            around,
+            position,
+            np.stack([*neighbours, *same, *windows], 1),
+            whole,
+        ],
         axis=1,
     ).astype(np.float32)
 
@@ -177,9 +185,7 @@ def _shifted(column, step: int, fill: float = -1):
 def _window(column, radius: int):
     sums = np.concatenate([[0], np.cumsum(column)])
     index = np.arange(len(column))
-    return (
-        sums[np.minimum(index + radius + 1, len(column))] - sums[np.maximum(index - radius, 0)]
-    )
+    return sums[np.minimum(index + radius + 1, len(column))] - sums[np.maximum(index - radius, 0)]
 
 
 def _since(flags):

@@ -5,7 +5,9 @@ Our own text never adds any; pages that hold unrendered markdown do. Code and ma
 
 import re
 
-_PAIRED = re.compile(r"(\*{2,3}|(?<![\w_])_{2,3}(?=\w)|~~)(?=\S)([^*~\n]{1,500}?)(?<=\S)\1(?![\w*])")
+_PAIRED = re.compile(
+    r"(\*{2,3}|(?<![\w_])_{2,3}(?=\w)|~~)(?=\S)([^*~\n]{1,500}?)(?<=\S)\1(?![\w*])"
+)
 _QUOTED = re.compile(r"(?<!`)(`{1,2})(?!`)([^`\n]{1,500})\1(?!`)")
 _FENCE = re.compile(r"`{3,}\w*")
 _LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\((?:https?:|/|#|\.|mailto:)[^()\s]{0,500}\)")

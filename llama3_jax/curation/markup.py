@@ -47,7 +47,9 @@ WORDS = {
     r"d-none|collapsed|closed|no-?print|offscreen",
 }  # fmt: skip
 BITS = {name: 1 << index for index, name in enumerate(WORDS)}
-_PATTERNS = [(BITS[name], re.compile(rf"(?<![a-z])(?:{words})(?![a-z])")) for name, words in WORDS.items()]
+_PATTERNS = [
+    (BITS[name], re.compile(rf"(?<![a-z])(?:{words})(?![a-z])")) for name, words in WORDS.items()
+]
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 # Never text of the page: line numbers, permalinks, edit links, prompts, math drawn a second time.

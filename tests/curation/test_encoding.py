@@ -47,7 +47,11 @@ def test_undeclared_or_wrongly_declared_bytes_are_detected(text, encoding, decla
 
 @pytest.mark.parametrize(
     ("mark", "encoding"),
-    [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")],
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ],
 )
 def test_a_byte_order_mark_wins(mark, encoding):
     decoded = decode(mark + html(FRENCH, "iso-8859-1").encode(encoding), "text/html; charset=ascii")

@@ -86,7 +86,9 @@ def test_a_formula_that_is_in_the_page_twice_is_read_once(html):
 
 
 def test_powers_and_indices_stay_readable():
-    text = text_of("<p>Some 10<sup>6</sup> m of H<sub>2</sub>O and x<sub>i</sub> on the 1<sup>st</sup>.</p>")
+    text = text_of(
+        "<p>Some 10<sup>6</sup> m of H<sub>2</sub>O and x<sub>i</sub> on the 1<sup>st</sup>.</p>"
+    )
     assert "10^6 m of H2O and x_i on the 1st." in text
 
 
@@ -162,7 +164,11 @@ def test_title_date_and_language():
         '<meta property="article:published_time" content="2021-03-04T10:00:00Z">'
     )
     outcome = extract(page("", head), url="https://a.example/2001/02/03/river")
-    assert (outcome.title, outcome.date, outcome.language) == ("The river rises", "2021-03-04", "en-gb")
+    assert (outcome.title, outcome.date, outcome.language) == (
+        "The river rises",
+        "2021-03-04",
+        "en-gb",
+    )
     undated = extract(page(""), url="https://a.example/2001/02/03/river")
     assert undated.date == "2001-02-03"
 

@@ -101,7 +101,9 @@ def damaged(page: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             page[at:at] = page[at : at + size] * rng.randrange(1, 5)
         elif kind == 3:
-            page[at:at] = rng.choice([b"<", b">", b'"', b"\0", b"</", b"<!--", b"\xff\xfe", b"<table>"])
+            page[at:at] = rng.choice(
+                [b"<", b">", b'"', b"\0", b"</", b"<!--", b"\xff\xfe", b"<table>"]
+            )
         else:
             to = rng.randrange(len(page))
             page[to:to] = page[at : at + size]
@@ -114,7 +116,9 @@ def test_damaged_pages_end():
     from tests.curation.test_extract import CODE, KATEX, MATHJAX, page
 
     rng = random.Random(0)
-    whole = page(f"<pre>{CODE}</pre>{KATEX}{MATHJAX}<table><tr><td>1<td>2</table><ul><li>a<li>b</ul>")
+    whole = page(
+        f"<pre>{CODE}</pre>{KATEX}{MATHJAX}<table><tr><td>1<td>2</table><ul><li>a<li>b</ul>"
+    )
     for _ in range(300):
         outcome_of(damaged(whole.encode(), rng))
     for size in range(0, len(whole), 37):
