@@ -25,7 +25,7 @@ from llama3_jax.files import atomic_path
 
 MAX_BLOCKS = 300  # of a page, taken at random: long pages would take all the time
 SETTINGS = {
-    "max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 24, "min_samples_leaf": 30,
+    "max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 24, "max_depth": 6, "min_samples_leaf": 40,
     "l2_regularization": 5.0, "max_features": 0.3, "early_stopping": False, "random_state": 0,
 }  # fmt: skip
 

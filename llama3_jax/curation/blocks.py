@@ -31,6 +31,8 @@ class Section:
     bits: int
     depth: int
     name: str
+    first: int  # its blocks, with those of sections inside: first to last - 1
+    last: int = 0
     children: int = 0
 
 
@@ -71,7 +73,7 @@ class _Reader:
     def __init__(self, math_page: bool):
         self.math_page = math_page
         self.blocks: list[Block] = []
-        self.sections = [Section(-1, "html", 0, 0, 0, "")]
+        self.sections = [Section(-1, "html", 0, 0, 0, "", 0)]
         self.section = 0
         self.pieces: list[str] = []
         self.literal: list[int] = []  # indices of pieces that are code or math
@@ -81,37 +83,42 @@ class _Reader:
         self.has_text = self.has_math = False
 
     def read(self, body: LexborNode) -> None:
-        """Walks with an explicit stack: a node, and what to do once its subtree is read."""
-        stack: list[tuple[LexborNode | None, str, int]] = [(body, "", 0)]
+        """Walks with a stack of open elements: what to tell leave(), and the node that follows."""
+        stack = [(self.enter(body, "body"), self.section, None)]
+        node = body.first_child
         nodes = 0
-        while stack:
-            node, leaving, section = stack.pop()
+        while True:
             if node is None:
-                if leaving:
-                    self.leave(leaving, section)
+                if not stack:
+                    break
+                leaving, section, node = stack.pop()
+                self.leave(leaving, section)
                 continue
             nodes += 1
-            following = node.next if nodes > 1 else None
-            stack.append((following, leaving, section))
             tag = node.tag
             if tag == "-text":
                 self.add_text(node.text_content)
+                node = node.next
                 continue
             entered = self.enter(node, tag)
-            if entered is not None:
-                child = node.first_child
-                stack.append((child, entered, self.section))
-                if len(stack) > bounds.MAX_DEPTH:
-                    raise TooLarge("too_deep")
+            if entered is None:
+                node = node.next
+                continue
+            stack.append((entered, self.section, node.next))
+            node = node.first_child
+            if len(stack) > bounds.MAX_DEPTH:
+                raise TooLarge("too_deep")
             if nodes > bounds.MAX_NODES:
                 raise TooLarge("too_many_nodes")
         self.flush()
+        self.sections[0].last = len(self.blocks)
 
     def add_text(self, text: str | None) -> None:
         if not text:
             return
         if text.isspace():
-            self.pieces.append(" ")
+            if self.has_text:
+                self.pieces.append(" ")
             return
         stripped = text.strip()
         if self.in_link:
@@ -137,10 +144,10 @@ class _Reader:
             if formula is not None:
                 self.add_literal(formula, math=True)
                 return None
-        if tag in markup.SKIPPED or tag == "img":
-            return None
         if tag in markup.BLOCKS:
             return self.enter_block(node, tag)
+        if tag in markup.SKIPPED or tag == "img":
+            return None
         if tag in markup.CELLS:
             attributes = node.attributes
             if markup.dropped(attributes):
@@ -150,9 +157,11 @@ class _Reader:
             self.cell = tag
             return self.open_section(node, tag, attributes)
         if tag == "br":
-            if self.pieces and self.pieces[-1].rstrip(" ").endswith(_BREAK):
+            while self.pieces and self.pieces[-1] == " ":
+                self.pieces.pop()
+            if self.pieces and self.pieces[-1] == _BREAK:
                 self.flush()
-            else:
+            elif self.has_text:
                 self.pieces.append(_BREAK)
             return None
         if tag == "a":
@@ -199,6 +208,7 @@ class _Reader:
             Section(
                 self.section, tag, own, own | parent.bits, parent.depth + 1,
                 attributes.get("class") or "",
+                len(self.blocks),
             )
         )  # fmt: skip
         self.section = len(self.sections) - 1
@@ -214,7 +224,9 @@ class _Reader:
         else:
             if tag not in markup.CELLS:
                 self.flush()
-            self.section = self.sections[section].parent
+            left = self.sections[section]
+            left.last = len(self.blocks)
+            self.section = left.parent
 
     def enter_script(self, node: LexborNode, tag: str) -> str:
         """Powers and indices stay readable: 10^6 and x_i; H2O, 1st and notes as they are."""
@@ -250,7 +262,7 @@ class _Reader:
     def flush(self) -> None:
         """Ends the block that is being read."""
         if not self.has_text:
-            if self.pieces:
+            if self.pieces or self.links or self.classes:
                 self.reset()
             return
         text = markdown.strip(self.pieces, self.literal)

@@ -13,8 +13,8 @@ MAX_NODES = 500_000
 MAX_ATTRIBUTES = 5_000
 MAX_REOPENED = 1_000_000  # open formatting elements times tags
 # Pages below all of these take no second whatever their markup, and are not scanned.
-SAFE_ELEMENTS = 2_000
-SAFE_EQUAL_SIGNS = 5_000
+SAFE_ELEMENTS = 3_000
+SAFE_EQUAL_SIGNS = 20_000
 SAFE_RUN = 40_000  # characters between two ">"
 
 _RAW = ("script", "style", "textarea", "title", "xmp", "noembed", "iframe")
@@ -32,6 +32,7 @@ _TOKEN = re.compile(
     )""",
     re.X | re.I,
 )
+_TAG_START = re.compile(r"<[a-zA-Z]")
 _ATTRIBUTE = re.compile(r"""[^\s"'/=<>]+\s*(?:=\s*(?:"[^"]*+"?|'[^']*+'?|[^\s"'>]+))?""")
 _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u".split())
 # Elements that end by themselves, or hold nothing: they do not nest.
@@ -48,13 +49,18 @@ def refusal(html: str) -> str | None:
     opened = html.count("<") - html.count("</")
     if opened > MAX_NODES:
         return "too_many_nodes"
-    if (
-        opened <= SAFE_ELEMENTS
-        and html.count("=") <= SAFE_EQUAL_SIGNS
-        and max(map(len, html.split(">"))) <= SAFE_RUN
-    ):
+    if opened <= SAFE_ELEMENTS and html.count("=") <= SAFE_EQUAL_SIGNS and not _has_long_tag(html):
         return None
     return _scan(html)
+
+
+def _has_long_tag(html: str) -> bool:
+    for run in html.split(">"):
+        if len(run) > SAFE_RUN:
+            start = _TAG_START.search(run)
+            if start and len(run) - start.start() > SAFE_RUN:
+                return True
+    return False
 
 
 def _scan(html: str) -> str | None:

@@ -44,9 +44,10 @@ class Forest:
         rows = (np.arange(count, dtype=np.int32) * width)[:, None]
         node = np.broadcast_to(self.roots, (count, len(self.roots)))
         for _ in range(self.depth):
-            right = flat[rows + self.flat_feature[node]] > self.flat_threshold[node]
-            node = self.children[2 * node + right]
-        score = self.base + self.flat_value[node].sum(axis=1)
+            looked_at = flat.take(rows + self.flat_feature.take(node))
+            right = looked_at > self.flat_threshold.take(node)
+            node = self.children.take(2 * node + right)
+        score = self.base + self.flat_value.take(node).sum(axis=1)
         return 1 / (1 + np.exp(-score))
 
 

@@ -15,14 +15,15 @@ _SKIPPED = frozenset(("script", "style", "button", "svg", "-comment", "template"
 def text_of(root: LexborNode) -> str:
     """The text of a `pre` or of a table of code lines; without recursion."""
     parts: list[str] = []
-    stack: list[tuple[LexborNode | None, bool]] = [(root.first_child, False)]
+    # What comes next, and how many parts there were where its line began (-1: no line began).
+    stack: list[tuple[LexborNode | None, int]] = [(root.first_child, -1)]
     while stack:
-        node, line = stack.pop()
+        node, began = stack.pop()
         if node is None:
-            if line and parts and not parts[-1].endswith("\n"):
+            if began >= 0 and (began == len(parts) or not parts[-1].endswith("\n")):
                 parts.append("\n")
             continue
-        stack.append((node.next, line))
+        stack.append((node.next, began))
         tag = node.tag
         if tag == "-text":
             parts.append(node.text_content or "")
@@ -32,7 +33,7 @@ def text_of(root: LexborNode) -> str:
             starts_line = tag in _LINES
             if starts_line and parts and not parts[-1].endswith("\n"):
                 parts.append("\n")
-            stack.append((node.first_child, starts_line))
+            stack.append((node.first_child, len(parts) if starts_line else -1))
     return _without_numbers("".join(parts).replace("\r\n", "\n")).strip("\n")
 
 

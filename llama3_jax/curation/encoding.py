@@ -29,7 +29,10 @@ _AS_BROWSERS = {
     "iso8859-11": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
     "euc_kr": "cp949", "big5": "big5hkscs",
 }  # fmt: skip
-_SEVEN_BIT = ("iso2022", "hz", "utf-7")
+_SEVEN_BIT = ("iso2022", "hz")
+# Python's other codecs are none of the web's (idna, punycode, unicode_escape, …).
+_OF_THE_WEB = ("ascii", "big5", "cp", "euc_", "gb", "hz", "iso2022", "iso8859", "johab", "koi8",
+               "kz1048", "mac", "ptcp", "shift_jis", "tis-620", "utf-8")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ def _declared(page: bytes, content_type: str | None) -> str | None:
             known = codecs.lookup(name)
         except LookupError:
             continue
-        if known._is_text_encoding and not known.name.startswith(("utf-16", "utf-32")):
+        if known.name.startswith(_OF_THE_WEB):
             return _AS_BROWSERS.get(known.name, known.name)
     return None
 

@@ -4,6 +4,7 @@ Legend: N blocks, F features. Features describe the block itself, the sections a
 neighbours and the page; none names a site or a language.
 """
 
+import collections
 import re
 
 import numpy as np
@@ -12,14 +13,17 @@ from jaxtyping import Float
 from llama3_jax.curation import markup
 from llama3_jax.curation.blocks import Page
 
-WORDS = 0  # the column that holds a block's words
+WORDS = 0  # the column that holds a block's words, counted in its sample
 _WORD = re.compile(r"\w+")
 _ENDS = tuple('.!?。！？…:;"”»')
+_DIGIT = re.compile(r"\d")
 _PRICE = re.compile(r"[$€£¥₹]\s?\d|\d\s?[$€£₹]")
 _DATE = re.compile(r"\b(?:19|20)\d\d\b|\b\d{1,2}[:/.]\d\d\b")
 _SPECIAL = re.compile(r"[|©›»•·→▼✓]|\.\.\.$|…$")
 _TAGS = ("p", "li", "td", "th", "tr", "dt", "dd", "div", "span", "blockquote", "button", "pre",
          "figcaption", "label", "option", "section", "article", "table", "center")  # fmt: skip
+_TAG_INDEX = {tag: index for index, tag in enumerate(_TAGS)}
+_SAMPLE = 300  # characters of a block that are looked at word by word
 _ANCESTORS = 6
 _BITS = np.array([1 << index for index in range(len(markup.BITS))])
 _LISTS = frozenset(("ul", "ol", "menu", "dl"))
@@ -35,32 +39,34 @@ def of_page(page: Page, title: str) -> Float[np.ndarray, "N F"]:
     blocks, sections = page.blocks, page.sections
     count = len(blocks)
     title_words = set(_WORD.findall(title.lower()))
-    seen: dict[str, int] = {}
-    for block in blocks:
-        seen[block.text] = seen.get(block.text, 0) + 1
+    seen = collections.Counter([block.text for block in blocks])
     rows, words_N, chars_N, linked_N = [], [], [], []
     for block in blocks:
         text = block.text
-        tokens = _WORD.findall(text)
-        words, chars = len(tokens), len(text)
-        lowered = sum(1 for token in tokens if token[0].islower())
-        capitals = sum(1 for token in tokens if token.isupper())
-        stops = text.count(". ") + text.count(", ") + text.count("。") + text.count("，")
+        chars = len(text)
+        sample = text if chars <= _SAMPLE else text[:_SAMPLE]
+        tokens = _WORD.findall(sample)
+        sampled = len(tokens) + 1
+        words = len(tokens) if chars <= _SAMPLE else len(tokens) * chars // _SAMPLE
+        lowered = sum([token[0].islower() for token in tokens])
+        capitals = sum([token.isupper() for token in tokens])
+        stops = sample.count(". ") + sample.count(", ") + sample.count("。") + sample.count("，")
         tag = block.tag
         section = sections[block.section]
-        overlap = len(title_words.intersection(_WORD.findall(text.lower()))) if words < 40 else 0
+        overlap = len(title_words.intersection(map(str.lower, tokens))) if words < 40 else 0
+        digits = _DIGIT.search(sample) is not None
         words_N.append(words)
         chars_N.append(chars)
         linked_N.append(block.linked)
         rows.append((
             words, chars, chars / (words + 1), block.linked / (chars + 1), block.links,
-            lowered / (words + 1), capitals / (words + 1), stops, stops / (words + 1),
+            lowered / sampled, capitals / sampled, stops, stops / sampled,
             text.endswith(_ENDS), text[0].islower(), text[0].isdigit(), text.count("\n"),
-            sum(1 for token in tokens if token.isdigit()) / (words + 1),
-            bool(_PRICE.search(text)), bool(_DATE.search(text)), len(_SPECIAL.findall(text)),
-            markup.HEADINGS.get(tag, 0), _TAGS.index(tag) if tag in _TAGS else -1,
+            (sum([token.isdigit() for token in tokens]) if digits else 0) / sampled,
+            digits and bool(_PRICE.search(sample)), digits and bool(_DATE.search(sample)), len(_SPECIAL.findall(sample)),
+            markup.HEADINGS.get(tag, 0), _TAG_INDEX.get(tag, -1),
             block.code, block.math, block.bold / (chars + 1), seen[text],
-            overlap / (len(title_words) + 1), overlap / (words + 1), section.depth, "?" in text,
+            overlap / (len(title_words) + 1), overlap / (words + 1), section.depth, "?" in sample,
         ))  # fmt: skip
     own = np.array(rows, np.float32)
     words_N = np.array(words_N, np.float64)
@@ -131,26 +137,16 @@ def _near(sections, index: int) -> int:
 def _around(page, section_N, words_N, chars_N, linked_N, index_N, ends_N, total):
     """Sums over the sections around each block: the innermost six, and the outermost three."""
     sections = page.sections
-    count = len(sections)
     parents = np.array([section.parent for section in sections])
-    sums_S = np.zeros((count, 5))
-    np.add.at(
-        sums_S, section_N, np.stack([words_N, chars_N, linked_N, np.ones_like(words_N), ends_N], 1)
-    )
-    first_S = np.full(count, len(index_N))
-    np.minimum.at(first_S, section_N, index_N)
-    # Children come after their parents: add up from the last.
-    rows, firsts = sums_S.tolist(), first_S.tolist()
-    for index in range(count - 1, 0, -1):
-        row, above = rows[index], rows[parents[index]]
-        for column in range(5):
-            above[column] += row[column]
-        firsts[parents[index]] = min(firsts[parents[index]], firsts[index])
-    sums_S, first_S = np.array(rows), np.array(firsts)
+    first_S = np.array([section.first for section in sections])
+    last_S = np.array([section.last for section in sections])
+    columns = np.stack([words_N, chars_N, linked_N, np.ones_like(words_N), ends_N])
+    sums = np.concatenate([np.zeros((5, 1)), columns.cumsum(axis=1)], axis=1)
+    sums_S = (sums[:, last_S] - sums[:, first_S]).T
     children_S = np.array([section.children for section in sections])
-    tag_S = np.array([_TAGS.index(s.tag) if s.tag in _TAGS else -1 for s in sections])
+    tag_S = np.array([_TAG_INDEX.get(section.tag, -1) for section in sections])
     alike_S = _alike(sections)
-    list_S = np.array([s.tag in _LISTS for s in sections])
+    list_S = np.array([section.tag in _LISTS for section in sections])
     columns = []
     at_N = section_N
     for level in range(_ANCESTORS):
@@ -165,10 +161,8 @@ def _around(page, section_N, words_N, chars_N, linked_N, index_N, ends_N, total)
 
 def _alike(sections) -> np.ndarray:
     """How many children of its parent share each section's tag and class."""
-    counts: dict[tuple, int] = {}
     keys = [(section.parent, section.tag, section.name) for section in sections]
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
+    counts = collections.Counter(keys)
     return np.array([counts[key] for key in keys])
 
 

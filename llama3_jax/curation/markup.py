@@ -88,6 +88,10 @@ def bits(tag: str, attributes: dict[str, str | None]) -> int:
     found = BITS[TAG_BITS[tag]] if tag in TAG_BITS else 0
     if not attributes:
         return found
+    if len(attributes) == 1:
+        name = attributes.get("class")
+        if name:
+            return found | _bits_of(name)
     for key in ("class", "id", "itemprop"):
         value = attributes.get(key)
         if value:
