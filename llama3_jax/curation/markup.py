@@ -50,6 +50,8 @@ BITS = {name: 1 << index for index, name in enumerate(WORDS)}
 _PATTERNS = [
     (BITS[name], re.compile(rf"(?<![a-z])(?:{words})(?![a-z])")) for name, words in WORDS.items()
 ]
+_LETTERS = re.compile(r"[a-z]+")
+_FIRST_OF_PAIR = frozenset(("log", "sign", "sr", "screen", "visually", "d", "no"))
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 # Never text of the page: line numbers, permalinks, edit links, prompts, math drawn a second time.
@@ -74,8 +76,21 @@ _ROLES = {
 
 @functools.lru_cache(maxsize=1 << 16)
 def _bits_of(name: str) -> int:
-    name = _CAMEL.sub("-", name[:300]).lower().replace("_", "-")
-    return sum(bit for bit, pattern in _PATTERNS if pattern.search(name))
+    """Bits of all words of a class or id, and of pairs of neighbours (as sign-in)."""
+    words = _LETTERS.findall(_CAMEL.sub("-", name[:300]).lower())
+    found = 0
+    before = ""
+    for word in words:
+        found |= _bits_of_word(word)
+        if before in _FIRST_OF_PAIR:
+            found |= _bits_of_word(f"{before}-{word}")
+        before = word
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _bits_of_word(word: str) -> int:
+    return sum(bit for bit, pattern in _PATTERNS if pattern.search(word))
 
 
 @functools.lru_cache(maxsize=1 << 16)
