@@ -266,9 +266,9 @@ class _Reader:
                 self.reset()
             return
         text = markdown.strip(self.pieces, self.literal)
-        if not text.isprintable():
-            text = text.translate(_CONTROLS_KEPT)
         text = " ".join(text.split())
+        if not text.isprintable():
+            text = text.translate(_CONTROLS_KEPT).strip()
         if _BREAK in text or _CELL in text:
             lines = [
                 "\t".join(cell.strip() for cell in line.split(_CELL)).strip()

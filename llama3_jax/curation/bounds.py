@@ -11,9 +11,10 @@ MAX_CHARACTERS = 10_000_000
 MAX_DEPTH = 2_000
 MAX_NODES = 500_000
 MAX_ATTRIBUTES = 5_000
-MAX_REOPENED = 1_000_000  # open formatting elements times tags
+MAX_REOPENED = 500_000  # open formatting elements times tags
 # Pages below all of these take no second whatever their markup, and are not scanned.
 SAFE_ELEMENTS = 3_000
+SAFE_FORMATTING = 250  # formatting elements with attributes: of those alike only three reopen
 SAFE_EQUAL_SIGNS = 20_000
 SAFE_RUN = 40_000  # characters between two ">"
 
@@ -32,6 +33,7 @@ _TOKEN = re.compile(
     )""",
     re.X | re.I,
 )
+_REOPENED = re.compile(r"<(?:b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)[\s/]", re.I)
 _TAG_START = re.compile(r"<[a-zA-Z]")
 _ATTRIBUTE = re.compile(r"""[^\s"'/=<>]+\s*(?:=\s*(?:"[^"]*+"?|'[^']*+'?|[^\s"'>]+))?""")
 _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u".split())
@@ -49,7 +51,12 @@ def refusal(html: str) -> str | None:
     opened = html.count("<") - html.count("</")
     if opened > MAX_NODES:
         return "too_many_nodes"
-    if opened <= SAFE_ELEMENTS and html.count("=") <= SAFE_EQUAL_SIGNS and not _has_long_tag(html):
+    if (
+        opened <= SAFE_ELEMENTS
+        and html.count("=") <= SAFE_EQUAL_SIGNS
+        and not _has_long_tag(html)
+        and (opened <= SAFE_FORMATTING or len(_REOPENED.findall(html)) <= SAFE_FORMATTING)
+    ):
         return None
     return _scan(html)
 

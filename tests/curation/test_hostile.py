@@ -49,6 +49,10 @@ def outcome_of(page, content_type=None):
         (f'<p a="{"x" * 50_000_000}">{PROSE}', "too_large"),
         ("<p a=1 b=2>" * 5_000_000, "too_large"),
         ("<i>" * 900 + "<p>x" * 3_000, "too_many_open_elements"),
+        (
+            "<p>" + "".join(f"<b a={i}>" for i in range(1_400)) + "</p>" + "<p>x</p>" * 1_500,
+            "too_many_open_elements",
+        ),
         ("<p>x" * (bounds.MAX_NODES + 1), "too_many_nodes"),
         ("\0" * 10_000, "empty"),
         ("<p>" + "a\0" * 10_000, "not_html"),
