@@ -13,15 +13,14 @@ FOLDER = truth.DATA / "html"
 needs_pages = pytest.mark.skipif(
     not (FOLDER / "truth.jsonl").is_file(), reason=f"no pages in {FOLDER} (LLAMA3_JAX_DATA)"
 )
-SAMPLE = 60
-FLOOR = 0.0  # set from the measured
+FLOOR = 0.874  # measured: 0.889
 
 
 @pytest.fixture(scope="module")
 def sample() -> list[truth.Page]:
     """Pages from the part kept aside, of every kind."""
     pages = sorted((page for page in truth.load(FOLDER) if page.aside), key=lambda page: page.id)
-    return pages[:SAMPLE]
+    return pages[::3]
 
 
 @needs_pages
