@@ -14,6 +14,7 @@ and link markers of markdown that the page's own visible code and math do not ho
 """
 
 import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -59,6 +60,8 @@ def sides() -> dict:
         from resiliparse.extract.html2text import extract_plain_text
     except ImportError as error:
         raise UserError(f"{error}: pip install -e '.[curation,benchmarks]'") from None
+
+    logging.getLogger("trafilatura").setLevel(logging.ERROR)
 
     def resiliparse(html: bytes, url: str | None) -> str:
         return extract_plain_text(encoding.decode(html).text, main_content=True, alt_texts=True)
