@@ -19,11 +19,11 @@ SAFE_EQUAL_SIGNS = 20_000
 SAFE_RUN = 40_000  # characters between two ">"
 
 _RAW = ("script", "style", "textarea", "title", "xmp", "noembed", "iframe")
-_END = {name: re.compile("</" + name, re.I) for name in _RAW}
+_END = {name: re.compile(f"</(?i:{name})") for name in _RAW}
 # Tags, comments and the inside of scripts. Possessive and never failing, so that a long tag, quote
 # or comment without an end is read once.
 _TOKEN = re.compile(
-    r"""<(?:
+    r"""<(?i:
       !--(?:[^-]++|-(?!->))*+
     | (?P<raw>"""
     + "|".join(_RAW)
@@ -31,9 +31,10 @@ _TOKEN = re.compile(
     | (?P<tag>/?[a-z][^\s/>]*+)
       (?P<attributes>(?:[^>"'=]++|=\s*+(?:"[^"]*+|'[^']*+)?+|["'])*+)
     )""",
-    re.X | re.I,
+    re.X,
 )
-_REOPENED = re.compile(r"<(?:b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)[\s/]", re.I)
+# Flags inside groups leave "<" a literal, for which the search skips ahead.
+_REOPENED = re.compile(r"<(?i:b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)[\s/]")
 _TAG_START = re.compile(r"<[a-zA-Z]")
 _ATTRIBUTE = re.compile(r"""[^\s"'/=<>]+\s*(?:=\s*(?:"[^"]*+"?|'[^']*+'?|[^\s"'>]+))?""")
 _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u".split())
