@@ -4,7 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+CURATION = ["charset-normalizer>=3.4", "selectolax>=1.0"]
+
 EXTRAS = {
+    "curation": CURATION,
+    # Peers that experiments/benchmarks/ measure beside ours.
+    "benchmarks": ["lxml-html-clean>=0.4", "resiliparse>=1.0", "trafilatura>=2.1"],
+    # experiments/extraction/train.py, which makes the extractor's weights.
+    "extraction-training": [*CURATION, "rapidfuzz>=3.10", "scikit-learn>=1.6"],
     # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences). Other
     # versions of the text would change the demo's corpus.
     "demo": [
@@ -16,6 +23,7 @@ EXTRAS = {
         "sympy==1.13.3",
     ],
     "dev": [
+        *CURATION,
         "hypothesis>=6.100",
         "import-linter>=2.1",
         "ipykernel>=6.29",
@@ -52,7 +60,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
-    package_data={"llama3_jax": ["templates/*.html", "kernels/gpu/*.json"]},
+    package_data={
+        "llama3_jax": ["templates/*.html", "kernels/gpu/*.json", "curation/extractor.npz"]
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",

@@ -1,0 +1,1 @@
+"""Web pages to clean, deduplicated, labelled documents: one file a stage or an idea."""
