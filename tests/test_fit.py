@@ -129,6 +129,7 @@ def test_mix_prints_the_best_mix(door, tmp_path):
     assert done.returncode == 2 and "source 'd' is unknown; known: a, b, c" in done.stderr
 
 
+@pytest.mark.slow
 def test_downstream_and_probe_print_their_tables(door, tmp_path):
     params = np.repeat([1e8, 2e8, 4e8, 8e8], 2)
     tokens = params * np.tile([20, 80], 4)

@@ -15,6 +15,8 @@ from llama3_jax.recipe.timeline import Timeline
 from llama3_jax.schema import parse
 from llama3_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # it trains the base, and the arms
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, corpora, compilation_cache):

@@ -149,7 +149,9 @@ def test_loss_is_the_float64_cross_entropy():
     logits, targets = 30 * random.normal(size=(2, 5, 61)), random.integers(0, 61, (2, 5))
     exact = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
     exact += logits.max(-1) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(token_losses(jnp.float32(logits), targets), exact, rtol=1e-5)
+    ours = token_losses(jnp.float32(logits), targets)
+    # A loss near 0 is the difference of two numbers near 100.
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=3e-5)
 
 
 class TestRope:
