@@ -194,7 +194,8 @@ def _received(kind: str, instruction: _Instruction, ranks: int) -> float:
         return total * (ranks - 1) / (ranks + 1 if started else ranks)
     if kind == "reduce-scatter":
         return total * (ranks - 1) / (1 + 1 / ranks if started else 1) / (ranks if started else 1)
-    if kind == "all-reduce":
+    if kind == "all-reduce":  # a start's type may be its results alone, or ((operands), results)
+        total /= 2 if instruction.type.startswith("((") else 1
         return 2 * total * (ranks - 1) / ranks
     if kind == "collective-permute":  # a start's type may also hold scalars of its own
         return total / 2 if started else total

@@ -65,6 +65,8 @@ GROUP = "replica_groups={{0,1,2,3},{4,5,6,7}}"
         (f"%a = ((f32[16,64]), f32[4,64]) reduce-scatter-start(%p), {GROUP}", 3072),
         (f"%a = f32[16,64] all-reduce(%p), {GROUP}", 2 * 3072),
         (f"%a = (f32[8,64], f32[8,64]) all-reduce(%p), {GROUP}", 2 * 3072),
+        (f"%a = f32[16,64] all-reduce-start(%p), {GROUP}", 2 * 3072),
+        (f"%a = ((f32[16,64]), f32[16,64]) all-reduce-start(%p), {GROUP}", 2 * 3072),
         ("%a = bf16[16,64] collective-permute(%p), source_target_pairs={{0,4},{4,0}}", 2048),
         ("%a = (bf16[16,64], bf16[16,64]) collective-permute-start(%p), "
          "source_target_pairs={{0,4},{4,0}}", 2048),
