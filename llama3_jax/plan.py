@@ -147,9 +147,8 @@ def show_schedule(case: Case) -> None:
 def report_fit(plans: list[Plan]) -> int:
     for plan in plans:
         if not plan.fits:
-            used = plan.compiled.peak if plan.compiled else plan.forecast.total
             raise UserError(
-                f"stage {plan.case.name} needs {used / 2**30:.1f} GiB of a GPU's "
+                f"stage {plan.case.name} needs {plan.used / 2**30:.1f} GiB of a GPU's "
                 f"{plan.memory_limit / 2**30:.1f}: more ranks, a smaller micro_batch_tokens, "
                 "or model.remat='full'"
             )

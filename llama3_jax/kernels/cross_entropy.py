@@ -26,7 +26,7 @@ from llama3_jax.kernels.linear import linear
 Implementation = Literal["reference", "chunked", "triton"]
 
 # A chunk's logits, as they are kept, take at most this much memory.
-_CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**28
 _CHUNK_ROWS = 128
 
 
@@ -142,7 +142,7 @@ class Chunks(Protocol):
 
     @property
     def rows(self) -> int | None:
-        """Tokens of a chunk; None: as many as _CHUNK_BYTES hold."""
+        """Tokens of a chunk; None: as many as CHUNK_BYTES hold."""
 
     @property
     def width(self) -> int | None:
@@ -252,5 +252,5 @@ def _dlogits(exponentials_CV, scale_CW, own_C, counts_C, width: int) -> Float[Ar
 
 
 def _rows_of_a_chunk(vocabulary_size: int, dtype) -> int:
-    fit = _CHUNK_BYTES // (vocabulary_size * jnp.dtype(dtype).itemsize)
+    fit = CHUNK_BYTES // (vocabulary_size * jnp.dtype(dtype).itemsize)
     return max(_CHUNK_ROWS, fit // _CHUNK_ROWS * _CHUNK_ROWS)

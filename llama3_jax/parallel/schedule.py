@@ -44,15 +44,20 @@ def make_schedule(config: MeshConfig, micro_batches: int) -> Schedule:
     """
     P, V, M = config.pipe, config.virtual_stages, micro_batches
     N = config.contiguous_or(M)
-    if config.schedule == "gpipe":
-        limits = [M * V] * P
-    elif config.schedule == "1f1b":
-        limits = [min(P - rank, M) for rank in range(P)]
-    else:
-        limits = [min(2 * (P - 1 - rank) + (V - 1) * N + 1, M * V) for rank in range(P)]
     forwards = _order(M, V, N, reverse=False)
     backwards = _order(M, V, N, reverse=True)
-    return _play(config.schedule, P, V, M, forwards, backwards, limits)
+    return _play(config.schedule, P, V, M, forwards, backwards, in_flight_limits(config, M))
+
+
+def in_flight_limits(config: MeshConfig, micro_batches: int) -> list[int]:
+    """For each rank how many (micro-batch, virtual stage) pairs it may hold at once."""
+    P, V, M = config.pipe, config.virtual_stages, micro_batches
+    if config.schedule == "gpipe":
+        return [M * V] * P
+    if config.schedule == "1f1b":
+        return [min(P - rank, M) for rank in range(P)]
+    N = config.contiguous_or(M)
+    return [min(2 * (P - 1 - rank) + (V - 1) * N + 1, M * V) for rank in range(P)]
 
 
 def forward_only(config: MeshConfig, micro_batches: int) -> Schedule:

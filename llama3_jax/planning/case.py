@@ -42,6 +42,11 @@ class Case(NamedTuple):
         return self.micro_rows * self.length // self.mesh.context
 
     @property
+    def width(self) -> int:
+        """Bytes of an element of the products and activations."""
+        return 2 if self.model.dtype == "bfloat16" else 4
+
+    @property
     def schedule(self) -> Schedule | None:
         if self.mesh.pipe == 1:
             return None

@@ -6,12 +6,13 @@ keeps between forward and backward, and the largest set of arrays that is alive 
 
 from typing import NamedTuple
 
+from llama3_jax.kernels.cross_entropy import CHUNK_BYTES
+from llama3_jax.parallel.schedule import in_flight_limits
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.traffic import layer_parameters, stacked_layers, table_parameters
 
-_F32, _BF16 = 4, 2
-_CHUNK_BYTES = 2**28  # kernels/cross_entropy.py
+_F32 = 4
 
 
 class Memory(NamedTuple):
@@ -50,20 +51,16 @@ def forecast(case: Case) -> Memory:
         parameters=_F32 * stored,
         optimizer=2 * _F32 * stored,
         gradients=gradients,
-        gathered=_width(case) * matrices if kept else 0,
+        gathered=case.width * matrices if kept else 0,
         activations=_activations(case),
         temporary=temporary,
     )
 
 
-def _width(case: Case) -> int:
-    return _BF16 if case.model.dtype == "bfloat16" else _F32
-
-
 def layer_residuals(case: Case) -> float:
     """What one layer keeps of one micro-batch for its backward pass, by remat policy."""
     model, tensor, tokens = case.model, case.mesh.tensor, case.rank_tokens
-    width = _width(case)
+    width = case.width
     kv = max(model.kv_heads // tensor, 1) * model.head_dim
     heads, ffn = model.heads // tensor * model.head_dim, model.ffn_dim // tensor
     residual = tokens // tensor * model.dim
@@ -82,26 +79,14 @@ def layer_residuals(case: Case) -> float:
 
 def _activations(case: Case) -> float:
     mesh = case.mesh
-    boundary = _width(case) * (case.rank_tokens // mesh.tensor) * case.model.dim
+    boundary = case.width * (case.rank_tokens // mesh.tensor) * case.model.dim
     if mesh.pipe == 1:
         return case.model.layers * layer_residuals(case)
     most = make_stages(case.model.layers, mesh).most
-    flying = in_flight(case)
+    flying = max(in_flight_limits(mesh, case.micro_batches))
     # Between stages lie what arrives, what is sent and what waits for the head.
     waiting = 2 * mesh.contiguous_or(case.micro_batches) + 2
     return flying * most * layer_residuals(case) + waiting * boundary
-
-
-def in_flight(case: Case) -> int:
-    """(micro-batch, virtual stage) pairs on the first rank: the schedule's limit."""
-    mesh, micro = case.mesh, case.micro_batches
-    if mesh.schedule == "gpipe":
-        return micro * mesh.virtual_stages
-    if mesh.schedule == "1f1b":
-        return min(mesh.pipe, micro)
-    contiguous = mesh.contiguous_or(micro)
-    limit = 2 * (mesh.pipe - 1) + (mesh.virtual_stages - 1) * contiguous + 1
-    return min(limit, micro * mesh.virtual_stages)
 
 
 def _head_inside(case: Case, kept: bool) -> float:
@@ -110,13 +95,13 @@ def _head_inside(case: Case, kept: bool) -> float:
     XLA has three float32 arrays of logits alive at once, and two where the vocabulary is split or
     the head lies inside a loop: over micro-batches, or over the pipeline's ticks.
     """
-    model, tokens, width = case.model, case.rank_tokens, _width(case)
+    model, tokens, width = case.model, case.rank_tokens, case.width
     vocabulary = model.vocab_size // case.mesh.tensor
     if model.loss == "reference":
         copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
         inside = tokens * vocabulary * (copies * _F32 + width)
     else:  # a chunk of logits at a time, and the head's gradient at once with them
-        inside = 3 * _CHUNK_BYTES + vocabulary * model.dim * _F32
+        inside = 3 * CHUNK_BYTES + vocabulary * model.dim * _F32
     inside += 2 * width * tokens * model.dim
     if _gathers(case, kept):
         inside += vocabulary * model.dim * (width + _F32)
@@ -125,7 +110,7 @@ def _head_inside(case: Case, kept: bool) -> float:
 
 def _layer_inside(case: Case, kept: bool) -> float:
     """A layer's backward: gathered and widened activations, and its own weights and gradients."""
-    model, tokens, width = case.model, case.rank_tokens, _width(case)
+    model, tokens, width = case.model, case.rank_tokens, case.width
     inside = width * tokens * (4 * model.dim + 4 * model.ffn_dim // case.mesh.tensor)
     inside += 2.5 * _F32 * _scores(case)
     if _gathers(case, kept):

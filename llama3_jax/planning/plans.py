@@ -22,10 +22,13 @@ class Plan(NamedTuple):
     power: float
 
     @property
+    def used(self) -> float:
+        """Bytes of a GPU, by the compiler's figure where there is one."""
+        return self.compiled.peak if self.compiled else self.forecast.total
+
+    @property
     def fits(self) -> bool:
-        """By the compiler's figure where there is one."""
-        used = self.compiled.peak if self.compiled else self.forecast.total
-        return used <= self.memory_limit
+        return self.used <= self.memory_limit
 
     @property
     def days(self) -> float:

@@ -98,11 +98,10 @@ def stages_table(plans: Sequence[Plan]) -> Table:
         table.add_column(column, justify="left" if column in left else "right")
     for plan in plans:
         case, cost = plan.case, plan.cost
-        total = plan.compiled.peak if plan.compiled else plan.forecast.total
         mark = "" if plan.fits else " (!)"
         table.add_row(
             case.name, layout_text(case), case.model.remat, f"{case.length:,}",
-            f"{case.tokens / 1e6:.1f}M", f"{case.steps:,}", f"{total / _GIB:.1f}{mark}",
+            f"{case.tokens / 1e6:.1f}M", f"{case.steps:,}", f"{plan.used / _GIB:.1f}{mark}",
             f"{cost.bubble:.1%}", f"{cost.seconds:.2f}", f"{cost.flops_per_gpu() / 1e12:.0f}",
             f"{cost.mfu():.1%}", f"{plan.days:.2f}", f"{plan.energy_mwh:,.0f}",
         )  # fmt: skip

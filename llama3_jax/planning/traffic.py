@@ -50,7 +50,7 @@ def stacked_layers(case: Case) -> int:
 def traffic(case: Case) -> list[Traffic]:
     """All collectives that matter, of one micro-batch through one layer, or of one step."""
     model, mesh, tokens = case.model, case.mesh, case.rank_tokens
-    width = 2 if model.dtype == "bfloat16" else 4
+    width = case.width
     found = []
     if mesh.tensor > 1:
         part = tokens * model.dim * width * (mesh.tensor - 1) / mesh.tensor
