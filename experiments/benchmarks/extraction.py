@@ -27,8 +27,8 @@ from rich.table import Table
 
 from experiments.extraction import pages as truth
 from llama3_jax import cli
-from llama3_jax.curation import encoding
-from llama3_jax.curation.extract import Document, extract
+from llama3_jax.curation.page import encoding
+from llama3_jax.curation.page.extract import Document, extract
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 

@@ -4,7 +4,7 @@
 
 Needs the extra `extraction-training`. Labels come from aligning a page's words with its true
 content: longest common subsequence, and three-word shingles where a block is long enough. With
---folds=3 prints F1 by cross-validation over pages first. Writes llama3_jax/curation/extractor.npz.
+--folds=3 prints F1 by cross-validation over pages first. Writes llama3_jax/curation/page/extractor.npz.
 Where cores are shared, OMP_NUM_THREADS=1 is many times faster.
 """
 
@@ -20,7 +20,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 from experiments.extraction import pages as truth
 from llama3_jax import cli
-from llama3_jax.curation import blocks, classifier, encoding, features, metadata
+from llama3_jax.curation.page import blocks, classifier, encoding, features, metadata
 from llama3_jax.files import atomic_path
 
 MAX_BLOCKS = 300  # of a page, taken at random: long pages would take all the time

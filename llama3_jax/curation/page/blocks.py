@@ -9,7 +9,7 @@ import re
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from llama3_jax.curation import bounds, code, markdown, markup, mathematics
+from llama3_jax.curation.page import bounds, code, markdown, markup, mathematics
 
 # Placeholders while white space is collapsed: a line break, a table cell's border.
 _BREAK, _CELL = "\x01", "\x02"

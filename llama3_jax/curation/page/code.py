@@ -4,7 +4,7 @@ import re
 
 from selectolax.lexbor import LexborNode
 
-from llama3_jax.curation import markup
+from llama3_jax.curation.page import markup
 
 # Elements that stand for a line of code each.
 _LINES = frozenset(("div", "p", "li", "tr"))

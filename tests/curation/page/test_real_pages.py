@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.extraction import pages as truth
-from llama3_jax.curation.extract import Document, extract
-from tests.curation.test_hostile import damaged, outcome_of
+from llama3_jax.curation.page.extract import Document, extract
+from tests.curation.page.test_hostile import damaged, outcome_of
 
 FOLDER = truth.DATA / "html"
 needs_pages = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
-from llama3_jax.curation import blocks, bounds, classifier, encoding, features, metadata
+from llama3_jax.curation.page import blocks, bounds, classifier, encoding, features, metadata
 
 MAX_BYTES = 4 * bounds.MAX_CHARACTERS
 MAX_BLOCKS = 50_000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama3_jax.curation.extract import Document, Rejection, extract
+from llama3_jax.curation.page.extract import Document, Rejection, extract
 
 PROSE = (
     "The river rises in the hills above the town, and for most of its length it runs through open "

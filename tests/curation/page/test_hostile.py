@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from llama3_jax.curation import bounds
-from llama3_jax.curation.extract import Document, Rejection, extract
+from llama3_jax.curation.page import bounds
+from llama3_jax.curation.page.extract import Document, Rejection, extract
 
 DEEP = 100_000
 REJECTIONS = {

@@ -10,8 +10,8 @@ import re
 import numpy as np
 from jaxtyping import Float
 
-from llama3_jax.curation import markup
-from llama3_jax.curation.blocks import Page
+from llama3_jax.curation.page import markup
+from llama3_jax.curation.page.blocks import Page
 
 WORDS = 0  # the column that holds a block's words, counted in its sample
 _WORD = re.compile(r"\w+")

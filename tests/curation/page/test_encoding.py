@@ -4,7 +4,7 @@ import codecs
 
 import pytest
 
-from llama3_jax.curation.encoding import decode
+from llama3_jax.curation.page.encoding import decode
 
 RUSSIAN = "Река берёт начало на холмах над городом и течёт по открытой местности. " * 5
 JAPANESE = "川は町の上の丘から流れ出て、広い平野を通って海に注いでいる。" * 8

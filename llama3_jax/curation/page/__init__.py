@@ -1,0 +1,1 @@
+"""A web page's bytes to its main content: encodings, bounds, blocks, features, extractor."""
