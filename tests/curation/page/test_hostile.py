@@ -117,7 +117,7 @@ def damaged(page: bytes, rng: random.Random) -> bytes:
 
 
 def test_damaged_pages_end():
-    from tests.curation.test_extract import CODE, KATEX, MATHJAX, page
+    from tests.curation.page.test_extract import CODE, KATEX, MATHJAX, page
 
     rng = random.Random(0)
     whole = page(
