@@ -34,6 +34,8 @@ ON_SURFACE = {
     "varpro": (surface.fit_varpro, surface.refit_varpro),
 }
 SURFACE_COEFFICIENTS = 5
+# A run that alone decides a coefficient has no residual to speak of.
+MOST_LEVERAGE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _fit_on_surface(fit: Callable, refit: Callable, runs: Runs, options: Options
     points = Points(runs.params, runs.tokens, runs.loss, np.ones(len(runs)))
     own, minimum = fit(points)
     fitted = own.loss(runs.params, runs.tokens)
-    residual = (runs.loss - fitted) / fitted * np.sqrt(len(runs) / (len(runs) - 5))
+    # A run at the design's edge pulls the surface to itself: its residual is that much too small.
+    spread = np.sqrt(1 - np.minimum(surface.leverage(own, points), MOST_LEVERAGE))
+    residual = (runs.loss - fitted) / fitted / spread
     free = np.full(len(runs), float(len(runs)))
     drawn = resample(runs, fitted, residual, free, options.resamples, options.seed)
     others = 1.0 - (runs.budget == np.arange(len(runs.budgets))[:, None])
