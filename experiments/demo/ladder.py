@@ -66,10 +66,10 @@ def run_ladder(result: Path, say) -> None:
             label = f"{layers}x{dim} {budget:.2g}"
             if label in done:
                 continue
-            params = matmul_parameters(parse(RunConfig, _config(result, layers, dim, 1)).model)
+            params = matmul_parameters(main_shape(layers, dim))
             steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
-            run = prepare(parse(RunConfig, _config(result, layers, dim, steps)))
-            loss = _train(run)
+            run = prepare(parse(RunConfig, small_run(result.parent, layers, dim, steps)))
+            loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
             say(f"{label} FLOPs: {params:,} parameters, {run.timeline.tokens:,} tokens, "
@@ -90,16 +90,17 @@ def _read(path: Path) -> list[dict]:
     return [{**row, **{key: float(row[key]) for key in COLUMNS[:-1]}} for row in rows]
 
 
-def _config(result: Path, layers: int, dim: int, steps: int):
+def small_run(workdir: Path, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
+    """The config of a run of seconds on the demo's text."""
     tokens = steps * BATCH_TOKENS
     return run_config(
         seed=0,
         model=model_config(layers, dim),
-        data=dict(sources=corpora(str(result.parent)), packing="best_fit"),
+        data=dict(sources=corpora(str(workdir)), packing="best_fit"),
         stages=[
             dict(
                 name="ladder", tokens=tokens, length=LADDER_LENGTH, batch_tokens=BATCH_TOKENS,
-                mix=MIX,
+                mix=mix,
                 lr=dict(shape="linear", peak=5e-3 * (128 / dim) ** 0.5, end=0.0,
                         warmup_tokens=tokens // 10),
             )
@@ -109,8 +110,8 @@ def _config(result: Path, layers: int, dim: int, steps: int):
     )  # fmt: skip
 
 
-def _train(run: Run) -> float:
-    """Trains one run and returns its held-out loss: nothing of it needs to be kept."""
+def train_small(run: Run) -> dict[str, float]:
+    """Trains a run of one stage; its held-out loss by source. Nothing of it needs to be kept."""
     config, stage = run.config, run.timeline.stages[0]
     layout = make_mesh(stage.mesh)
     state = init_state(config.model, config.optimizer, layout, config.seed)
@@ -126,8 +127,8 @@ def _train(run: Run) -> float:
         sums = np.zeros(2)
         for batch in validation_batches(corpus, VALIDATION_LENGTH, 16, VALIDATION_TOKENS):
             sums += [float(v) for v in evaluate(state.params, put_batch(batch, layout))]
-        losses[name] = sums[0] / sums[1]
-    return mixed(losses)
+        losses[name] = float(sums[0] / sums[1])
+    return losses
 
 
 def mixed(losses: dict[str, float]) -> float:
