@@ -93,7 +93,10 @@ def parse(
     """
     config = schema.parse(CurationConfig, values)
     stages = [
-        (stage, schema.parse(stage.config, config.stages[stage.name], f"config.stages.{stage.name}"))
+        (
+            stage,
+            schema.parse(stage.config, config.stages[stage.name], f"config.stages.{stage.name}"),
+        )
         for stage in registry.STAGES
         if stage.name in config.stages
     ]

@@ -262,11 +262,11 @@ def _jsonl(file: File, options: Options) -> Iterator[dict | Damage]:
 
 def _lines(path: str, limit: int) -> Iterator[tuple[int, bytes | Damage]]:
     """Numbered lines that are not blank; of a longer one than `limit`, its beginning."""
-    number, position, rest, cut = 0, 0, b"", False
+    number, rest, cut = 0, b"", False
     with pa.input_stream(path, compression="detect") as stream:
         while True:
             try:
-                part = stream.read(1 << 20)
+                part = stream.read(1 << 16)  # all of it is lost with the damage that it ends in
             except (OSError, pa.ArrowException) as error:
                 yield number, Damage(f"line {number + 1}", 0, str(error))
                 return

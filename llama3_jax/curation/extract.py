@@ -17,6 +17,7 @@ from llama3_jax.schema import Config
 
 VERSION = 1
 PAGES_PER_BATCH = 64
+EXTRACTOR = "llama3_jax.curation.page.extract:extract"
 
 _OUT = {
     "text": DataType.string(),
@@ -44,9 +45,7 @@ def extract(frame: daft.DataFrame, config: ExtractConfig, scratch: Path) -> daft
     Documents that came as text pass as they are. `extract_detail` is of rejections.
     """
     read = ("html", "content_type", "url", "text", "title", "language_hint")
-    made = _extract_batch(
-        *map(col, read), seconds=config.seconds, memory=config.memory_mib << 20
-    )
+    made = _extract_batch(*map(col, read), seconds=config.seconds, memory=config.memory_mib << 20)
     gone = {*_OUT, "html", "content_type"}
     return frame.select(*(name for name in frame.column_names if name not in gone), made)
 
@@ -60,7 +59,7 @@ def extract(frame: daft.DataFrame, config: ExtractConfig, scratch: Path) -> daft
 def _extract_batch(html, content_type, url, text, title, language_hint, *, seconds, memory):
     columns = (html, content_type, url, text, title, language_hint)
     rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
-    sandbox = Sandbox("llama3_jax.curation.page.extract:extract", seconds, memory)
+    sandbox = Sandbox(EXTRACTOR, seconds, memory)
     outcomes = sandbox.map((row[0], row[2], row[1]) for row in rows if row[0] is not None)
     made = [_given(*row[3:]) if row[0] is None else _columns(next(outcomes)) for row in rows]
     next(outcomes, None)  # lets the process go

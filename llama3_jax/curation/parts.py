@@ -104,7 +104,10 @@ def _sorted(number: int, stage: str, folder: Path, tokenizer: str) -> list[dict[
         raise ValueError(f"stage {stage}: its frame has a document twice")
     table = _measured(table, tokenizer)
     rejected = pc.is_valid(table["reason"])
-    for name, rows in (("kept", table.filter(pc.invert(rejected))), ("rejected", table.filter(rejected))):
+    for name, rows in (
+        ("kept", table.filter(pc.invert(rejected))),
+        ("rejected", table.filter(rejected)),
+    ):
         if name == "kept":
             rows = rows.drop_columns("reason")
         else:
@@ -120,7 +123,10 @@ def _measured(table: pa.Table, tokenizer: str) -> pa.Table:
         at = table.schema.get_field_index("reason")
         table = table.set_column(at, "reason", table["reason"].cast(pa.large_string()))
     characters = pc.cast(pc.utf8_length(table["text"]), pa.int64())
-    columns = {"bytes": pc.cast(pc.binary_length(table["text"]), pa.int64()), "characters": characters}
+    columns = {
+        "bytes": pc.cast(pc.binary_length(table["text"]), pa.int64()),
+        "characters": characters,
+    }
     if tokenizer:
         columns["tokens"] = _tokens(table, characters, tokenizer)
     for name, values in columns.items():

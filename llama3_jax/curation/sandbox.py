@@ -87,6 +87,11 @@ class _Child:
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
             )  # fmt: skip
         self._pipe = multiprocessing.connection.Connection(ours.detach())
+        try:
+            self._pipe.recv_bytes()
+        except EOFError:  # no call's fault
+            code = self._process.wait()
+            raise RuntimeError(f"no process for {function}: exit code {code}") from None
 
     def call(self, arguments: tuple, seconds: float | None) -> tuple[Any, bool]:
         """The result, and whether the process lives."""
@@ -132,6 +137,7 @@ def serve(descriptor: str, name: str, seconds: str, memory: str) -> None:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + int(memory), size + int(memory)))
     pipe = multiprocessing.connection.Connection(int(descriptor))
+    pipe.send_bytes(b"ready")
     while True:
         try:
             message = pipe.recv_bytes()

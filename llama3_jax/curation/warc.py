@@ -63,19 +63,20 @@ def _read(data: mmap.mmap, max_bytes: int) -> Iterator[Record | Damage]:
                 yield last
         except OSError as raised:
             error = str(raised)
-        if last is None:
-            end, torn = position, error or "no WARC record"
-        elif zipped:
+        end, torn = position, ""
+        if last is not None and zipped:
             end, torn = _member_end(data, last.offset, error)
-        else:
+        elif last is not None:
             end, torn = _plain_end(data, last)
         if last is not None and last.cut:
             end, torn = last.offset, torn or "ends inside a record"
         if end == len(data) and not torn:
             return
-        if not torn and _starts_record(data, end, zipped):
+        if end > position and not torn and _starts_record(data, end, zipped):
             position = end
             continue
+        if not torn and zipped:
+            _, torn = _member_end(data, end, error)
         position = _next_record(data, end + 1, zipped)
         yield Damage(end, position - end, torn or error or "no WARC record")
 
@@ -137,7 +138,9 @@ def _member_end(data: mmap.mmap, offset: int, error: str) -> tuple[int, str]:
             except zlib.error as torn:
                 return offset, str(torn)
             part = unzip.unconsumed_tail
-    return (position - len(unzip.unused_data), "") if unzip.eof else (offset, "ends inside a member")
+    return (
+        (position - len(unzip.unused_data), "") if unzip.eof else (offset, "ends inside a member")
+    )
 
 
 def _plain_end(data: mmap.mmap, record: Record) -> tuple[int, str]:
