@@ -93,7 +93,7 @@ def prose(text: str) -> str:
 
 
 def _is_prose(character: str) -> bool:
-    return character.isalpha() or character in " ,."
+    return character.isalpha() or character in " ,." or character > "\x7f"
 
 
 @daft.cls

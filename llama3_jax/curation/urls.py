@@ -135,7 +135,7 @@ def canonical(url: str, config: UrlsConfig) -> str:
         raise ValueError("no host")
     if port == _DEFAULT_PORTS.get(scheme):
         port = None
-    if config.merge_schemes and scheme == "http":
+    if config.merge_schemes and scheme == "http" and port is None:
         scheme = "https"
     host = host.rstrip(".")
     if config.merge_www and host.count(".") > 1:
