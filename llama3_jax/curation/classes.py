@@ -44,9 +44,6 @@ class ClassesConfig(Config):
                 raise ValueError(f"the share of {name!r} is {share}; it must be from 0 to 1")
         return keep
 
-    def files(self) -> list[Path]:
-        return classifiers.files(self.model)
-
 
 def classes(frame: daft.DataFrame, config: ClassesConfig, scratch: Path) -> daft.DataFrame:
     """Adds `classes_label`, `classes_score` (its probability), `classes_kept_share`.

@@ -61,11 +61,6 @@ def column_of(classifier: Classifier, label: str, folder: str) -> int:
     return classifier.labels.index(label)
 
 
-def files(folder: str) -> list[Path]:
-    """Everything whose content decides what a classifier answers."""
-    return sorted(path for path in Path(folder).iterdir() if path.is_file())
-
-
 def probabilities(classifier: Classifier, texts: pyarrow.Array) -> Float[np.ndarray, "rows labels"]:
     """Of every row; NaN where the text is null, not Unicode, or fails the classifier."""
     found = np.full((len(texts), len(classifier.labels)), np.nan)

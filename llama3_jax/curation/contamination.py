@@ -3,7 +3,7 @@
 As GPT-3 did it (Brown et al. 2020, arXiv 2005.14165, appendix C): words in lower case without
 punctuation, 13 in a row. The Llama 3 paper (section 5.1.4) takes 8 tokens in a row to ask how much of
 an evaluation set the corpus holds: `report` answers that, by the same n as the stage, and n = 8 is
-one setting. Words of scripts without spaces are characters (curation/words.py).
+one setting. Words of scripts without spaces are characters (curation/lexing.py).
 """
 
 import functools
@@ -19,7 +19,7 @@ import pydantic
 from daft import DataType, col
 from jaxtyping import Int
 
-from llama3_jax.curation.words import words
+from llama3_jax.curation.lexing import words
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.schema import Config
@@ -53,9 +53,6 @@ class ContaminationConfig(Config):
     ngram: int = pydantic.Field(13, ge=2, le=64)
     min_grams: pydantic.PositiveInt = 1
     remove: bool = True
-
-    def files(self) -> list[Path]:
-        return [Path(benchmark.path) for benchmark in self.benchmarks.values()]
 
 
 def contamination(
@@ -155,7 +152,7 @@ def index_of(config: ContaminationConfig) -> Index:
     for name, benchmark in config.benchmarks.items():
         if not Path(benchmark.path).is_file():
             raise UserError(f"contamination.benchmarks.{name}: {benchmark.path} not found")
-    changed = tuple(path.stat().st_mtime_ns for path in config.files())
+    changed = tuple(Path(b.path).stat().st_mtime_ns for b in config.benchmarks.values())
     return _index(config.model_dump_json(), changed)
 
 

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from llama3_jax.curation.agreement import Agreement
 from llama3_jax.curation.classifier_card import CARD_FILE, Card, judge, read_card
 from llama3_jax.curation.labelled import Labelled, split
+from llama3_jax.curation.lexing import pieces
 from llama3_jax.curation.page_features import feature_words
-from llama3_jax.curation.words import pieces
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
 from llama3_jax.schema import Config

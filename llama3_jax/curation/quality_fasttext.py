@@ -32,9 +32,6 @@ class QualityFastTextConfig(Config):
     threshold: float = pydantic.Field(0.5, ge=0, le=1)
     thresholds: dict[str, float] = {}
 
-    def files(self) -> list[Path]:
-        return classifiers.files(self.model)
-
 
 def quality_fasttext(
     frame: daft.DataFrame, config: QualityFastTextConfig, scratch: Path

@@ -18,7 +18,7 @@ from llama3_jax.curation.contamination import (
     report,
     write_report,
 )
-from llama3_jax.curation.words import words
+from llama3_jax.curation.lexing import words
 from llama3_jax.errors import UserError
 
 

@@ -22,9 +22,9 @@ from llama3_jax.curation.fasttext_classifier import (
     train_fasttext,
 )
 from llama3_jax.curation.labelled import Labelled
+from llama3_jax.curation.lexing import pieces, words
 from llama3_jax.curation.page_features import feature_words
 from llama3_jax.curation.quality_fasttext import QualityFastTextConfig, quality_fasttext
-from llama3_jax.curation.words import pieces, words
 from llama3_jax.errors import UserError
 
 CONFIG = FastTextConfig(dim=8, pair_buckets=5_000, epochs=10, holdout=0.3)
