@@ -1,6 +1,7 @@
 """A config with everything that can be checked before compiling."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -9,23 +10,26 @@ from rich.table import Table
 from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.evaluation.suite import Suite
 from llama3_jax.parallel.context import imbalance
 from llama3_jax.parallel.sharding import check_batch
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.timeline import Timeline
+from llama3_jax.recipe.gate import check_gates
+from llama3_jax.recipe.timeline import Timeline, Verdict
 
 _BALANCE_ROWS = 64
 
 
 @dataclasses.dataclass
 class Run:
-    """A config, its timeline and its data."""
+    """A config, its timeline and its data; `follow` changes the timeline as gates decide."""
 
     config: RunConfig
     timeline: Timeline
     corpora: dict[str, Corpus]
     validation: dict[str, Corpus]
     batches: Batches
+    suite: Suite | None
 
 
 def prepare(config: RunConfig) -> Run:
@@ -35,13 +39,14 @@ def prepare(config: RunConfig) -> Run:
       UserError: whatever cannot work, by key, before anything is compiled or written.
     """
     timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    _check_meshes(config, timeline)
+    check_meshes(config, timeline)
     sources = config.data.sources
     corpora = {name: Corpus(source.train) for name, source in sources.items()}
     validation = {
         name: Corpus(source.validation)
         for name, source in sources.items()
-        if config.validation and source.validation
+        if source.validation
+        and (config.validation or (config.evaluation and config.evaluation.held_out_tokens))
     }
     first = next(iter(corpora.values()))
     for corpus in (*corpora.values(), *validation.values()):
@@ -55,23 +60,64 @@ def prepare(config: RunConfig) -> Run:
             f"config.model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
             f"{first.info.vocab_size}"
         )
+    suite = None
+    if config.evaluation:
+        suite = Suite(config.evaluation, validation, first.tokenizer())
+    check_gates(timeline, suite)
+    batches = _batches(config, timeline, corpora)
+    return Run(config, timeline, corpora, validation, batches, suite)
+
+
+def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
+    """Puts into the run the timeline, and so the batches, that its gates' verdicts make."""
+    config = run.config
+    run.timeline = Timeline(config.stages, config.model.rope, config.mesh, verdicts)
+    run.batches = _batches(config, run.timeline, run.corpora)
+    return run.timeline
+
+
+def _batches(config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus]) -> Batches:
     shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
-    batches = Batches(corpora, shapes, config.seed, config.data.packing)
-    return Run(config, timeline, corpora, validation, batches)
+    return Batches(corpora, shapes, config.seed, config.data.packing)
 
 
-def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
-    """Whether each stage's mesh divides its rows, and those of validation."""
+def check_meshes(config: RunConfig, timeline: Timeline) -> None:
+    """Whether each stage's mesh divides its rows, and those of validation and evaluation.
+
+    Raises:
+      UserError: names the stage, the size and the mesh axis.
+    """
     for number, stage in enumerate(timeline.stages):
         shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
         if config.validation:
             length = config.validation.length or stage.length
             shapes[f"config.validation on the mesh of stage {number}"] = stage.mesh.data, length, 1
+        for length in _evaluated_lengths(config, timeline, number):
+            where = f"config.evaluation at length {length} on the mesh of stage {number}"
+            shapes[where] = stage.mesh.data, length, 1
         for where, shape in shapes.items():
             try:
                 check_batch(*shape, stage.mesh)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+
+
+def _evaluated_lengths(config: RunConfig, timeline: Timeline, number: int) -> set[int]:
+    """Of rows that are scored on the mesh of a stage."""
+    if not (evaluation := config.evaluation):
+        return set()
+    lengths = {evaluation.length}
+    if timeline.stages[number].gate:
+        lengths |= {stage.length for stage in timeline.stages[: number + 1]}
+    if evaluation.needle and number == len(timeline.stages) - 1:
+        lengths |= set(needle_lengths(config, timeline))
+    return lengths
+
+
+def needle_lengths(config: RunConfig, timeline: Timeline) -> list[int]:
+    """Lengths at which needles are looked for at the end of the run: those given, or the stages'."""
+    given = config.evaluation.needle.lengths
+    return sorted(set(given) or {stage.length for stage in timeline.stages})
 
 
 def print_timeline(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints through orbax: asynchronous, atomic, verified, restored from the newest valid one.
 
-One checkpoint holds two trees, `params` and `optimizer`, and JSON metadata: the model's config, the
+One checkpoint holds two trees, `params` and `optimizer` (and `average`, see training/averaging.py,
+where the run averages), and JSON metadata: the model's config, the
 tokenizer's fingerprint, the position in the timeline, the run's config, and a checksum of every
 array. A model directory (converted weights) is the same without `optimizer`. All use of orbax
 is in this file.
@@ -42,6 +43,7 @@ class Restored(NamedTuple):
     params: Params
     optimizer: Any
     metadata: dict[str, Any]
+    average: Params | None = None
 
 
 class DamagedCheckpoint(Exception):
@@ -95,7 +97,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending; the same on all processes."""
         return processes.of_first(_steps(self.directory))
 
-    def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        params: Params,
+        optimizer: Any,
+        metadata: dict[str, Any],
+        average: Params | None = None,
+    ) -> None:
         """Starts a save and returns; waits for the one before it, and raises its error if any.
 
         A step that has been saved already is not saved again.
@@ -106,7 +115,9 @@ class Checkpoints:
             return
         self._present.add(step)
         trees = {"params": params, "optimizer": optimizer}
-        metadata = metadata | {"checksums": checksums(trees)}
+        if average is not None:
+            trees["average"] = average
+        metadata = metadata | {"trees": sorted(trees), "checksums": checksums(trees)}
         self._pending = self._open().save_checkpointables_async(
             step, trees, force=True, custom_metadata=metadata
         )
@@ -139,8 +150,12 @@ class Checkpoints:
         path = self.directory / str(step)
         abstract = {"params": abstract_params, "optimizer": abstract_optimizer}
         metadata = _metadata(path)
+        if "average" in metadata.get("trees", ()):
+            abstract["average"] = abstract_params
         trees = _load(path, abstract, metadata)
-        return Restored(step, trees["params"], trees["optimizer"], metadata)
+        return Restored(
+            step, trees["params"], trees["optimizer"], metadata, trees.get("average")
+        )  # fmt: skip
 
     def set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
