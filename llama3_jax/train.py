@@ -28,11 +28,13 @@ from llama3_jax.model.transformer import Params
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import Layout, make_mesh
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.planning.check import check_run
+from llama3_jax.planning.constants import load_constants
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import GateLog, Gates
 from llama3_jax.recipe.measure import averaged_now, evaluate, evaluation_due, scorer, start_average
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
-from llama3_jax.recipe.prepare import Run, context_balances, follow, prepare, print_timeline
+from llama3_jax.recipe.prepare import Run, context_balances, follow, prepare
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import (
@@ -70,7 +72,7 @@ def define_flags() -> None:
 def main(_) -> int:
     config = parse(RunConfig, cli.require_config(FLAGS.config))
     if FLAGS.check:
-        print_timeline(prepare(config))
+        check_run(config, load_constants())
         return 0
     if FLAGS.documents_of_step is not None:
         for entry in prepare(config).batches.documents(FLAGS.documents_of_step):

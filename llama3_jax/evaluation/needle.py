@@ -20,18 +20,15 @@ from llama3_jax.errors import UserError
 from llama3_jax.evaluation.scoring import Request
 from llama3_jax.schema import Config
 
-STATEMENT = " The secret word of {key} is {value}."
-# What {key} and {value} may be: each stands once in a haystack as key or value.
+STATEMENT = " The secret word of the {key} is {value}."
+# What {key} and {value} may be: common words, each once in a haystack, and no word is both.
 KEYS = tuple(
-    "Rome Egypt Athens London Paris France Spain India China Russia Greece Cyprus Venice Milan "
-    "Vienna Naples Britain Scotland Ireland Norway Denmark Poland Persia Syria Arabia Lebanon "
-    "Jerusalem Babylon Samaria Nineveh Damascus Antioch Corinth Ephesus Macedonia Judah Israel "
-    "Jordan Galilee Carthage".split()
+    "king lord priest prophet servant master father mother brother daughter wife woman son man city "
+    "house gate tent land world people god hand head heart mouth eyes face".split()
 )
 VALUES = tuple(
-    "bread water gold silver iron stone fire wine oil honey salt milk corn grass wood horse sheep "
-    "lion bear wolf eagle dove fish snake tree river mountain garden desert sea moon sun star cloud "
-    "rain snow wind sword shield crown".split()
+    "gold bread fire sword crown sea earth heaven night day year month law peace death life blood "
+    "soul spirit flesh voice power glory shame truth table evil faith".split()
 )
 # The needle goes to the end of a sentence at most so many tokens before its depth.
 _SNAP = 64

@@ -1,7 +1,7 @@
 """Everything that is measured of a model: tasks, held-out text, needles."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,13 +88,13 @@ class Suite:
         scores = scorer.score(requests, length)
         return [NeedleResult(c, s.greedy, s.nll) for c, s in zip(grid, scores, strict=True)]
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
+    def check_lengths(self, lengths: Iterable[int]) -> None:
         """Refuses lengths that do not hold the needles.
 
         Raises:
           UserError: names the length.
         """
-        for cell in needle.cells(self.config.needle, lengths):
+        for cell in needle.cells(self.config.needle, sorted(lengths)):
             needle.request(self.config.needle, cell, self._haystack)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.metrics import Metric, recovered
 from llama3_jax.evaluation.scoring import Scorer
-from llama3_jax.evaluation.suite import Suite, needle_summary
+from llama3_jax.evaluation.suite import EvaluationConfig, Suite, needle_summary
 from llama3_jax.files import write_text
 from llama3_jax.parallel import processes
 from llama3_jax.recipe.timeline import Timeline, Verdict
@@ -220,7 +220,7 @@ def describe(record: Mapping[str, Any]) -> str:
     )
 
 
-def check_gates(timeline: Timeline, suite: Suite | None) -> None:
+def check_gates(timeline: Timeline, evaluation: EvaluationConfig | None) -> None:
     """Refuses gates that have nothing to decide by.
 
     Raises:
@@ -232,8 +232,14 @@ def check_gates(timeline: Timeline, suite: Suite | None) -> None:
     where = f"config.stages.{gated[0]}.gate"
     if gated[0] == 0:
         raise UserError(f"{where}: the first stage has nothing before it to recover")
-    if suite is None or suite.config.needle is None or not suite.short_parts:
+    asks = evaluation and evaluation.needle and (evaluation.tasks or evaluation.held_out_tokens)
+    if not asks:
         raise UserError(
             f"{where}: needs config.evaluation with needle, and tasks or held_out_tokens"
         )
-    suite.check_lengths(sorted({stage.length for stage in timeline.stages[: gated[-1] + 1]}))
+
+
+def gate_lengths(timeline: Timeline) -> list[int]:
+    """All lengths at which some gate looks for needles."""
+    gated = [number for number, stage in enumerate(timeline.stages) if stage.gate]
+    return sorted({s.length for s in timeline.stages[: gated[-1] + 1]}) if gated else []

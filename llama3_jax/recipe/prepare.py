@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
@@ -14,7 +12,7 @@ from llama3_jax.evaluation.suite import Suite
 from llama3_jax.parallel.context import imbalance
 from llama3_jax.parallel.sharding import check_batch
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.gate import check_gates
+from llama3_jax.recipe.gate import check_gates, gate_lengths
 from llama3_jax.recipe.timeline import Timeline, Verdict
 
 _BALANCE_ROWS = 64
@@ -38,8 +36,7 @@ def prepare(config: RunConfig) -> Run:
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
     """
-    timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    check_meshes(config, timeline)
+    timeline = lay_out(config)
     sources = config.data.sources
     corpora = {name: Corpus(source.train) for name, source in sources.items()}
     validation = {
@@ -63,9 +60,28 @@ def prepare(config: RunConfig) -> Run:
     suite = None
     if config.evaluation:
         suite = Suite(config.evaluation, validation, first.tokenizer())
-    check_gates(timeline, suite)
+        if config.evaluation.needle:
+            suite.check_lengths({*gate_lengths(timeline), *needle_lengths(config, timeline)})
     batches = _batches(config, timeline, corpora)
     return Run(config, timeline, corpora, validation, batches, suite)
+
+
+def lay_out(config: RunConfig) -> Timeline:
+    """The timeline as it is if every gate is passed when it is first asked; needs no data.
+
+    Raises:
+      UserError: what cannot work of stages, meshes, gates and evaluation, by key.
+    """
+    timeline = Timeline(config.stages, config.model.rope, config.mesh)
+    check_gates(timeline, config.evaluation)
+    for number, stage in enumerate(timeline.stages):
+        if unknown := set(stage.mix) - set(config.data.sources):
+            raise UserError(
+                f"config.stages.{number}.mix: {min(unknown)!r} is no source; sources: "
+                f"{', '.join(config.data.sources)}"
+            )
+    _check_meshes(config, timeline)
+    return timeline
 
 
 def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
@@ -81,7 +97,7 @@ def _batches(config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus]) 
     return Batches(corpora, shapes, config.seed, config.data.packing)
 
 
-def check_meshes(config: RunConfig, timeline: Timeline) -> None:
+def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
     """Whether each stage's mesh divides its rows, and those of validation and evaluation.
 
     Raises:
@@ -120,25 +136,12 @@ def needle_lengths(config: RunConfig, timeline: Timeline) -> list[int]:
     return sorted(set(given) or {stage.length for stage in timeline.stages})
 
 
-def print_timeline(run: Run) -> None:
-    """The timeline as a table, and how often each source is read."""
-    table = Table(title=f"{run.timeline.tokens:,} tokens in {run.timeline.steps:,} steps")
-    for column in ("stage", "from token", "tokens", "steps", "length", "batch", "rate", "mix"):
-        table.add_column(column, justify="left" if column in ("stage", "mix") else "right")
-    for stage in run.timeline.stages:
-        first, last = stage.start_tokens, stage.start_tokens + stage.tokens
-        rates = [run.timeline.learning_rate(at) for at in (first, last - 1)]
-        table.add_row(
-            stage.name, f"{first:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.length:,}",
-            f"{stage.batch_tokens:,}", " to ".join(f"{rate:.3g}" for rate in rates),
-            ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()),
-        )  # fmt: skip
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(table)
+def print_data(run: Run) -> None:
+    """How often each source is read, and how even the work of context ranks is."""
     for name, epochs in run.batches.epochs().items():
-        console.print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
+        print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
     for line in context_balances(run):
-        console.print(line)
+        print(line)
 
 
 def context_balances(run: Run) -> list[str]:
