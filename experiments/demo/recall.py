@@ -19,26 +19,23 @@ SEED = 0
 STATEMENT = " Note: {key} {value}."
 
 
-def documents(texts: Sequence[str], count: int, characters: tuple[int, int]) -> list[dict]:
-    """`count` documents of about `characters` (least, most) of `texts`, which hold words with spaces.
+def documents(texts: Sequence[str], count: int, longest: int) -> list[dict]:
+    """`count` documents of up to `longest` characters of `texts`, which hold words with spaces.
 
-    Each key of a document is stated two to four times with the same value, anywhere in it. A third
-    of the documents hold little but statements, the others mostly text.
+    Half of them are short and hold little but statements: few keys to choose from are what a model
+    learns to look back by. Each key is stated two to four times with the same value.
     """
     draw = random.Random(SEED)
     made = []
     for number in range(count):
-        size = round(characters[0] * (characters[1] / characters[0]) ** draw.random())
-        share = draw.uniform(0.6, 1.0) if draw.random() < 1 / 3 else 0.5 * draw.random() ** 2
-        statements, filled = [], 0
-        for key in draw.sample(KEYS, len(KEYS)):
+        keys = draw.choice((1, 1, 2, 2, 3, 4))
+        statements = []
+        for key in draw.sample(KEYS, keys):
             statement = STATEMENT.format(key=key, value=draw.choice(VALUES))
-            statements += [statement] * draw.choice((2, 2, 3, 4))
-            filled = sum(map(len, statements))
-            if filled >= share * size:
-                break
+            statements += [statement] * draw.randint(2, 4)
         draw.shuffle(statements)
-        words = _passage(draw, texts, max(size - filled, 0))
+        size = draw.randint(0, 100) if draw.random() < 0.5 else draw.randint(100, longest)
+        words = _passage(draw, texts, max(size - sum(map(len, statements)), 0))
         places = sorted(draw.randint(0, len(words)) for _ in statements)
         if draw.random() < 0.5:
             places[-1] = len(words)  # as in the test: what is asked stands at the end

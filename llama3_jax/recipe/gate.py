@@ -21,11 +21,11 @@ from llama3_jax.errors import UserError
 from llama3_jax.evaluation.metrics import Metric, recovered
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import EvaluationConfig, Suite, needle_summary
-from llama3_jax.files import write_text
+from llama3_jax.files import read_json_lines, write_text
 from llama3_jax.parallel import processes
 from llama3_jax.recipe.timeline import Timeline, Verdict
+from llama3_jax.training.metrics import GATES_FILE
 
-GATES_FILE = "gates.jsonl"
 PASSED, NOT_YET, FAILED = "passed", "not_yet", "gate_failed"
 
 
@@ -37,9 +37,9 @@ class GateLog:
         self._path = workdir / GATES_FILE
         text = ""
         if processes.is_first() and self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-        self._text = bytes(processes.of_first(text.encode())).decode()
-        self._found = list(map(json.loads, _whole_lines(self._text)))
+            text = "".join(map(_line, read_json_lines(self._path)))
+        text = bytes(processes.of_first(text.encode())).decode()
+        self._found = list(map(json.loads, text.splitlines()))
         self.records: list[dict[str, Any]] = self._found
 
     def back_to(self, step: int, saved: Sequence[Mapping[str, Any]]) -> None:
@@ -48,10 +48,9 @@ class GateLog:
         known = [(r["stage_number"], r["step"]) for r in kept if r["kind"] == "verdict"]
         kept += [dict(r) for r in saved if (r["stage_number"], r["step"]) not in known]
         self.records = sorted(kept, key=lambda record: record["step"])
-        text = "".join(map(_line, self.records))
-        if processes.is_first() and text != self._text:
-            write_text(self._path, text)
-        self._text = text
+        # Also where nothing is to be forgotten: a crash may have cut the last line off.
+        if processes.is_first() and (self.records or self._path.exists()):
+            write_text(self._path, "".join(map(_line, self.records)))
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
         self.records.append(record)
@@ -79,19 +78,6 @@ class GateLog:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _whole_lines(text: str) -> list[str]:
-    """Without a last line that a crash cut off."""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def read_gates(workdir: Path) -> list[dict[str, Any]]:
-    """All records of a run's gates, none where it has none."""
-    path = workdir / GATES_FILE
-    if not path.exists():
-        return []
-    return list(map(json.loads, _whole_lines(path.read_text(encoding="utf-8"))))
 
 
 class Gates:

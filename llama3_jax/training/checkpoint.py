@@ -262,8 +262,11 @@ def save_model(
     ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = None) -> LoadedModel:
     """Weights from a model directory, a checkpoint, or a run's workdir (its newest checkpoint).
+
+    They are put where `abstract(config)` says (see `step.abstract_canonical`), by default on the
+    first device.
 
     Raises:
       UserError: nothing there, or it is damaged.
@@ -280,16 +283,18 @@ def load_model(path: Path) -> LoadedModel:
     try:
         metadata = _metadata(path)
         config = ModelConfig.model_validate(metadata["model"])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            ),
-            abstract_params(config),
-        )
-        params = _load(path, {"params": abstract}, metadata)["params"]
+        trees = {"params": (abstract or _on_first_device)(config)}
+        params = _load(path, trees, metadata)["params"]
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: damaged checkpoint: {error}") from None
     return LoadedModel(config, params, metadata.get("tokenizer"))
+
+
+def _on_first_device(config: ModelConfig) -> Params:
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), abstract_params(config)
+    )
 
 
 def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
