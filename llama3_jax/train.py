@@ -4,6 +4,7 @@
     python -m llama3_jax.train --config=… --workdir=… --config.model.layers=8    # another value
     python -m llama3_jax.train --config=… --check                    # print the timeline and stop
     python -m llama3_jax.train --config=… --documents_of_step=120     # what made that batch
+    python -m llama3_jax.train --config=… --workdir=… --replay_event=0    # a spike once more
     srun python -m llama3_jax.train --config=… --workdir=…           # a process a task
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
@@ -28,11 +29,14 @@ from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.incidents import Incidents
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
-from llama3_jax.recipe.prepare import Run, context_balances, prepare, print_timeline
+from llama3_jax.recipe.prepare import Run, context_balances, leave_out, prepare, print_timeline
+from llama3_jax.recipe.replay import replay
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
+from llama3_jax.training.events import Events
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
@@ -54,6 +58,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
     flags.DEFINE_bool("check", False, "Validate the config, print its timeline, and stop.")
     flags.DEFINE_integer("documents_of_step", None, "Print the documents of a step, and stop.")
+    flags.DEFINE_integer(
+        "replay_event", None, "Compute the step of this event of --workdir again, and stop."
+    )
 
 
 def main(_) -> int:
@@ -62,17 +69,31 @@ def main(_) -> int:
         print_timeline(prepare(config))
         return 0
     if FLAGS.documents_of_step is not None:
-        for entry in prepare(config).batches.documents(FLAGS.documents_of_step):
+        events = Events(Path(FLAGS.workdir), writes=False) if FLAGS.workdir else None
+        run = prepare(config, events and events.left_out())
+        for entry in run.batches.documents(FLAGS.documents_of_step):
             print(json.dumps(entry._asdict(), ensure_ascii=False))
         return 0
     if not FLAGS.workdir:
         raise UserError("--workdir is required: where checkpoints and metrics go")
+    if FLAGS.replay_event is not None:
+        print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
+        return 0
     with processes.joined(processes.from_flags()):
         return train(prepare(config), Path(FLAGS.workdir))
 
 
 def train(run: Run, workdir: Path) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
+    events, stop = Events(workdir, writes=processes.is_first()), StopSignal()
+    # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
+    while (code := train_on(leave_out(run, events.left_out()), workdir, events, stop)) is None:
+        pass
+    return code
+
+
+def train_on(run: Run, workdir: Path, events: Events, stop: "StopSignal") -> int | None:
+    """As `train`, from the newest checkpoint; None after a rewind, which made an older one so."""
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
     dispatch.check(model.kernels(), jax.default_backend())
@@ -93,13 +114,13 @@ def train(run: Run, workdir: Path) -> int:
         ),
     )
     if restored:
-        step, bad_steps = restored.step, restored.metadata["bad_steps"]
+        step, saved = restored.step, restored.metadata
         layout = layouts[timeline.stage_index(step)]
         state = TrainState(restored.params, restored.optimizer)
         state = from_canonical(state, model, optimizer, layout)
         del restored  # or its arrays would stay as long as the run
     else:
-        step, bad_steps, layout = 0, 0, layouts[0]
+        step, saved, layout = 0, {}, layouts[0]
         if config.init_from:
             state = TrainState(*start_state(config, run.corpora, abstract[0]))
             state = from_canonical(state, model, optimizer, layout)
@@ -128,20 +149,23 @@ def train(run: Run, workdir: Path) -> int:
     progress.say(f"kernels: {dispatch.describe(model.kernels())}")
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
-    log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)
+    incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
+    log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
 
     # ---- the loop: stage after stage, step after step
-    stop = StopSignal(processes.SharedNumber())
+    stop.listen()
 
     def save() -> None:
         log.flush()
+        if incidents.rewind_from:
+            return
         metrics.sync()
-        metadata = run_metadata(config, timeline, run.corpora, step, log.bad_steps)
+        metadata = run_metadata(config, timeline, run.corpora, step, incidents.state())
         canonical = to_canonical(state, model, layout)
         checkpoints.save(step, canonical.params, canonical.optimizer, metadata)
 
     try:
-        while step < timeline.steps and not stop.agreed:
+        while step < timeline.steps and not stop.agreed and not incidents.rewind_from:
             index = timeline.stage_index(step)
             stage = timeline.stages[index]
             stage_model = model.model_copy(update={"rope": stage.rope})
@@ -162,7 +186,9 @@ def train(run: Run, workdir: Path) -> int:
             )
             for batch in loader:
                 rate = np.float32(timeline.step_learning_rate(step))
-                state, step_metrics = step_function(state, put_batch(batch, layout), rate)
+                state, step_metrics = step_function(
+                    state, put_batch(batch, layout), rate, incidents.limits(step)
+                )
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
                 stop.agree()
@@ -175,11 +201,13 @@ def train(run: Run, workdir: Path) -> int:
                     log.restart_clock()
                 if step % policy.every_steps == 0 or step == timeline.steps:
                     save()
-                if stop.agreed:
+                if stop.agreed or incidents.rewind_from:
                     break
         save()
-        log.flush()
         checkpoints.close()
+        if incidents.rewind_from:
+            target = incidents.rewind(checkpoints)
+            progress.say(f"rewound to the checkpoint of step {target}")
     except Exception as error:
         if cli.is_disk_full(error):
             raise UserError(f"no space left on the disk that holds {workdir}") from error
@@ -187,7 +215,9 @@ def train(run: Run, workdir: Path) -> int:
     finally:
         progress.close()
         metrics.close()
-    if step < timeline.steps:
+    if incidents.rewind_from and not stop.agreed:
+        return None
+    if stop.agreed and (step < timeline.steps or incidents.rewind_from):
         progress.say(
             f"{stop.name} after step {step}: state saved; the same command goes on from here"
         )
@@ -221,10 +251,14 @@ class StopSignal:
 
     EXIT_CODES = {signal.SIGINT: cli.EXIT_INTERRUPTED, signal.SIGTERM: cli.EXIT_REQUEUE}
 
-    def __init__(self, shared: processes.SharedNumber) -> None:
+    def __init__(self) -> None:
         self.agreed, self.name, self.exit_code = False, "", 0
-        self._shared, self._received = shared, 0
-        for number in self.EXIT_CODES:
+        self._received = 0
+
+    def listen(self) -> None:
+        """Takes signals from now on; before, they end the process."""
+        self._shared = processes.SharedNumber()
+        for number in self.EXIT_CODES if not self._received else ():
             signal.signal(number, self._receive)
 
     def agree(self) -> None:

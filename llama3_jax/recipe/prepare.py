@@ -1,6 +1,7 @@
 """A config with everything that can be checked before compiling."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -28,8 +29,8 @@ class Run:
     batches: Batches
 
 
-def prepare(config: RunConfig) -> Run:
-    """Opens the data and lays out the timeline.
+def prepare(config: RunConfig, left_out: Mapping[int, Sequence[int]] | None = None) -> Run:
+    """Opens the data and lays out the timeline; `left_out` are batches of stages, by number.
 
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
@@ -55,9 +56,27 @@ def prepare(config: RunConfig) -> Run:
             f"config.model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
             f"{first.info.vocab_size}"
         )
-    shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
-    batches = Batches(corpora, shapes, config.seed, config.data.packing)
+    batches = _batches(config, timeline, corpora, left_out or {})
     return Run(config, timeline, corpora, validation, batches)
+
+
+def leave_out(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
+    """The same run without some batches, by stage: those after them move up."""
+    batches = _batches(run.config, run.timeline, run.corpora, left_out)
+    return dataclasses.replace(run, batches=batches)
+
+
+def _batches(
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    left_out: Mapping[int, Sequence[int]],
+) -> Batches:
+    shapes = [
+        StageShape(s.steps, s.batch_rows, s.length, s.mix, tuple(sorted(left_out.get(number, ()))))
+        for number, s in enumerate(timeline.stages)
+    ]
+    return Batches(corpora, shapes, config.seed, config.data.packing)
 
 
 def _check_meshes(config: RunConfig, timeline: Timeline) -> None:

@@ -156,6 +156,21 @@ class Checkpoints:
         self._present.discard(step)
         return target
 
+    def remove_after(self, step: int) -> int:
+        """Removes all checkpoints after `step`; returns the newest that is left, 0 for none.
+
+        They are those of a past that the run is to forget. All processes call it together.
+        """
+        self.close()
+        self._manager = None  # it remembers what is there
+        present = self.steps()
+        self._present = {s for s in present if s <= step}
+        if processes.is_first():
+            for removed in set(present) - self._present:
+                shutil.rmtree(self.directory / str(removed))
+        processes.all_agree(True)
+        return max(self._present, default=0)
+
 
 def _steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; a save under way has no number."""

@@ -1,6 +1,7 @@
 """What is measured: one line of JSON each in metrics.jsonl, and TensorBoard beside it."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             if line.endswith("\n"):
                 records.append(json.loads(line))
     return records
+
+
+def json_number(value: float) -> float | str:
+    """JSON has no NaN or infinity: those are written as strings."""
+    return float(value) if math.isfinite(value) else str(value)
 
 
 def _line(record: dict[str, Any]) -> str:
