@@ -26,6 +26,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.kernels import dispatch
 from llama3_jax.parallel import processes
+from llama3_jax.parallel.liveness import Watch
 from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
@@ -37,6 +38,7 @@ from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
 from llama3_jax.training.events import Events
+from llama3_jax.training.goodput import GOODPUT_FILE, Ledger
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
@@ -48,6 +50,7 @@ from llama3_jax.training.step import (
     init_state,
     to_canonical,
 )
+from llama3_jax.training.watchdog import Watchdog
 
 FLAGS = flags.FLAGS
 
@@ -79,20 +82,28 @@ def main(_) -> int:
     if FLAGS.replay_event is not None:
         print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
         return 0
-    with processes.joined(processes.from_flags()):
-        return train(prepare(config), Path(FLAGS.workdir))
+    with processes.joined(processes.from_flags()) as watch:
+        return train(prepare(config), Path(FLAGS.workdir), watch)
 
 
-def train(run: Run, workdir: Path) -> int:
+def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
-    events, stop = Events(workdir, writes=processes.is_first()), StopSignal()
-    # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
-    while (code := train_on(leave_out(run, events.left_out()), workdir, events, stop)) is None:
-        pass
+    writes = processes.is_first()
+    ledger = Ledger(workdir / GOODPUT_FILE if writes else None)
+    watchdog = Watchdog(run.config.watchdog, ledger, workdir, jax.process_index(), watch)
+    events, stop = Events(workdir, writes), StopSignal()
+    watchdog.start()
+    code = None
+    while code is None:
+        # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
+        code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+    watchdog.close()
     return code
 
 
-def train_on(run: Run, workdir: Path, events: Events, stop: "StopSignal") -> int | None:
+def train_on(
+    run: Run, workdir: Path, events: Events, stop: "StopSignal", ledger: Ledger
+) -> int | None:
     """As `train`, from the newest checkpoint; None after a rewind, which made an older one so."""
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
@@ -150,22 +161,24 @@ def train_on(run: Run, workdir: Path, events: Events, stop: "StopSignal") -> int
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
+    ledger.begin(step)
     log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
 
     # ---- the loop: stage after stage, step after step
     stop.listen()
 
     def save() -> None:
-        log.flush()
         if incidents.rewind_from:
             return
         metrics.sync()
+        ledger.mark(step)
         metadata = run_metadata(config, timeline, run.corpora, step, incidents.state())
         canonical = to_canonical(state, model, layout)
         checkpoints.save(step, canonical.params, canonical.optimizer, metadata)
 
     try:
         while step < timeline.steps and not stop.agreed and not incidents.rewind_from:
+            ledger.enter("setup")
             index = timeline.stage_index(step)
             stage = timeline.stages[index]
             stage_model = model.model_copy(update={"rope": stage.rope})
@@ -184,27 +197,36 @@ def train_on(run: Run, workdir: Path, events: Events, stop: "StopSignal") -> int
                 hosts=hosts,
                 workers=config.data.workers,
             )
-            for batch in loader:
+            for batch in ledger.fetched(loader):
                 rate = np.float32(timeline.step_learning_rate(step))
-                state, step_metrics = step_function(
-                    state, put_batch(batch, layout), rate, incidents.limits(step)
-                )
+                with ledger.calling(step_function, stage.length, stage.batch_rows):
+                    state, step_metrics = step_function(
+                        state, put_batch(batch, layout), rate, incidents.limits(step)
+                    )
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
                 stop.agree()
+                ledger.stepped(step)
                 if due(config, timeline, step):
                     log.flush()
-                    validate(run, stage_model, layout, stage, state.params, step, metrics, progress)
-                    params = to_canonical(state.params, model, layout)
-                    write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
-                    del params
+                    with ledger.booking("evaluation"):
+                        validate(
+                            run, stage_model, layout, stage, state.params, step, metrics, progress
+                        )
+                        params = to_canonical(state.params, model, layout)
+                        write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
+                        del params
                     log.restart_clock()
                 if step % policy.every_steps == 0 or step == timeline.steps:
-                    save()
+                    log.flush()
+                    with ledger.booking("checkpoint"):
+                        save()
                 if stop.agreed or incidents.rewind_from:
                     break
-        save()
-        checkpoints.close()
+        log.flush()
+        with ledger.booking("checkpoint"):
+            save()
+            checkpoints.close()
         if incidents.rewind_from:
             target = incidents.rewind(checkpoints)
             progress.say(f"rewound to the checkpoint of step {target}")
@@ -215,6 +237,7 @@ def train_on(run: Run, workdir: Path, events: Events, stop: "StopSignal") -> int
     finally:
         progress.close()
         metrics.close()
+        ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
     if stop.agreed and (step < timeline.steps or incidents.rewind_from):

@@ -14,6 +14,7 @@ from llama3_jax.recipe.timeline import Stage
 from llama3_jax.schema import Config, parse
 from llama3_jax.training.health import HealthConfig
 from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.watchdog import WatchdogConfig
 
 
 class Source(Config):
@@ -75,6 +76,7 @@ class RunConfig(Config):
     validation: ValidationConfig | None = None
     samples: SampleConfig = SampleConfig()
     health: HealthConfig = HealthConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1
 
