@@ -13,7 +13,7 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.reporting import tokenizers
+from llama3_jax.reporting import survival, tokenizers
 from llama3_jax.reporting.page import write_report
 
 FLAGS = flags.FLAGS
@@ -27,7 +27,7 @@ def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory of a run")
     workdir = Path(FLAGS.workdir)
-    path = write_report(workdir, tokenizers.sections(workdir))
+    path = write_report(workdir, [*survival.sections(workdir), *tokenizers.sections(workdir)])
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
