@@ -13,7 +13,7 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.reporting import evaluation, tokenizers
+from llama3_jax.reporting import evaluation, survival, tokenizers
 from llama3_jax.reporting.page import write_report
 
 FLAGS = flags.FLAGS
@@ -27,7 +27,8 @@ def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory of a run")
     workdir = Path(FLAGS.workdir)
-    path = write_report(workdir, [*evaluation.sections(workdir), *tokenizers.sections(workdir)])
+    rooms = (evaluation, survival, tokenizers)
+    path = write_report(workdir, [section for room in rooms for section in room.sections(workdir)])
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

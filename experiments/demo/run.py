@@ -27,7 +27,7 @@ from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
-from llama3_jax.reporting import tokenizers
+from llama3_jax.reporting import survival, tokenizers
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
@@ -56,7 +56,8 @@ def main(_) -> int:
     console.rule("train", align="left")
     if code := train(workdir):
         return code
-    report.write_report(workdir, [ladder.section(workdir), *tokenizers.sections(workdir)])
+    sections = [*survival.sections(workdir), *tokenizers.sections(workdir)]
+    report.write_report(workdir, [ladder.section(workdir), *sections])
     summarise(workdir)
     return 0
 
