@@ -39,6 +39,7 @@ def main(units_file: Path) -> int:
     write_record(folder, unit["wid"], record)
     if state != "queued":
         return 0 if state == "done" else 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     time.sleep(60)  # Slurm ends this job meanwhile
     return 1
