@@ -157,7 +157,7 @@ def resume(where: str) -> int:
 def report(where: str) -> int:
     # Plots need a second to be imported, and no other command draws any.
     from llama3_jax.launching.report import write_experiment_report
-    from llama3_jax.report import write_run_report
+    from llama3_jax.reporting.run import write_run_report
 
     store, experiment, units = _find(where)
     _refresh(store, experiment)

@@ -21,7 +21,7 @@ from llama3_jax.schema import Config
 CONFIGURED = ("train", "curate")
 DOORS = (*CONFIGURED, "evaluate", "fit")
 # In `argument`, `arguments`, `command` and string overrides.
-WORKDIR, EXPERIMENT = "{workdir}", "{experiment}"
+WORKDIR, EXPERIMENT, ROOT, XID = "{workdir}", "{experiment}", "{root}", "{xid}"
 
 
 class Requirements(Config):
@@ -46,8 +46,8 @@ class WorkUnit(Config):
 
     `door` is one of DOORS or a module (experiments.scaling_laws.collect); `command` is any program
     instead. `config` (by default the launched file), `argument` and `overrides` are for the doors
-    with a config, `arguments` for all. In their strings {workdir} and {experiment} stand for the
-    directories. `after` names the units that must be done before this one starts. A unit that
+    with a config, `arguments` for all. In their strings {workdir}, {experiment} and {root}
+    stand for the directories, {xid} for the experiment's number. `after` names the units that must be done before this one starts. A unit that
     crashes is started again up to `retries` times; a save-and-requeue (exit code 75) counts as none.
     """
 

@@ -17,7 +17,9 @@ from llama3_jax.launching import sweeps
 from llama3_jax.launching.experiment import (
     CONFIGURED,
     EXPERIMENT,
+    ROOT,
     WORKDIR,
+    XID,
     Requirements,
     WorkUnit,
     work_units,
@@ -159,8 +161,15 @@ def fingerprint(units: Sequence[WorkUnit], file: str, executor: str) -> str:
 
 
 def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
-    """Rows of the queue, in the units' order, their directories filled in."""
+    """Rows of the queue, in the units' order; `directory` is the experiment's, ROOT/XID."""
     wids = {unit.name: wid for wid, unit in enumerate(units, start=1)}
+    shared = {EXPERIMENT: str(directory), ROOT: str(directory.parent), XID: directory.name}
+
+    def filled(part: str, unit: WorkUnit) -> str:
+        for mark, value in (shared | {WORKDIR: str(directory / unit.name)}).items():
+            part = part.replace(mark, value)
+        return part
+
     return [
         {
             "wid": wids[unit.name],
