@@ -10,7 +10,6 @@ from llama3_jax.launching import look
 from llama3_jax.launching.store import ENDED, STATES, Experiment, Store
 from llama3_jax.reporting.experiment import UnitEntry, write_experiment
 from llama3_jax.reporting.page import REPORT_FILE, Section, plots_html
-from llama3_jax.reporting.run import write_run_report
 from llama3_jax.scaling import isoflop
 from llama3_jax.scaling.figures import isoflop_plots
 from llama3_jax.scaling.runs import read_runs
@@ -21,7 +20,7 @@ REACH, RESAMPLES = 10.0, 200
 
 
 def write_experiment_report(store: Store, experiment: Experiment) -> Path:
-    """Writes the experiment's report, and one for each unit that trained, which it links to.
+    """Writes the experiment's report; it links to those of units that have one.
 
     Raises:
       UserError: a unit's file is damaged, or a page can't be written.
@@ -30,14 +29,10 @@ def write_experiment_report(store: Store, experiment: Experiment) -> Path:
     by_wid = {unit.wid: unit for unit in units}
     entries = []
     for unit in units:
-        workdir = Path(unit.workdir)
-        # A unit may be a run that another door wrote a report of, or none at all.
-        if look.progress(workdir):
-            write_run_report(workdir)
         ended = unit.ended if unit.state in ENDED else time.time()
         seconds = None if unit.started is None or ended is None else ended - unit.started
         entries.append(UnitEntry(
-            unit.wid, unit.name, look.shown_state(unit, by_wid), unit.attempt, seconds, workdir,
+            unit.wid, unit.name, look.shown_state(unit, by_wid), unit.attempt, seconds, Path(unit.workdir),
             look.last_lines(unit.log, look.LAST_LINES) if unit.state == "failed" else (),
         ))  # fmt: skip
     counts = Counter(unit.state for unit in units)

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import os
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from llama3_jax.reporting.figures import COLOURS, HALF_LIFE, Plot, smooth, thin
+from llama3_jax.reporting.figures import COLOURS, HALF_LIFE, START_SHARE, Plot, smooth, thin
 from llama3_jax.reporting.page import (
     NONE,
     REPORT_FILE,
@@ -170,7 +171,9 @@ def _linked(entry: UnitEntry, folder: Path) -> str:
     """The unit's name, as a link to its own report where it has one."""
     if not (report := entry.workdir / REPORT_FILE).exists():
         return entry.name
-    return Markup('<a href="{}">{}</a>').format(os.path.relpath(report, folder), entry.name)
+    return Markup('<a href="{}">{}</a>').format(
+        urllib.parse.quote(os.path.relpath(report, folder)), entry.name
+    )
 
 
 def _failure(entry: UnitEntry) -> str:
@@ -209,6 +212,10 @@ def loss_plots(units: Sequence[_Unit]) -> list[Plot]:
                 y=[mean(v.losses.values()) for v in unit.run.validation],
                 name=name, mode="lines+markers", line={"color": colour, "width": 1.5},
             )  # fmt: skip
+    after_start = np.concatenate([t.y[t.x > START_SHARE * max(t.x)] for t in training.data])
+    if len(after_start):
+        low, high = float(after_start.min()), float(after_start.max())
+        training.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
     plots = [Plot("Training loss", training, "Smoothed over steps." + caption, wide=True)]
     if held_out.data:
         plots.append(Plot("Held-out loss", held_out, "Mean over sources." + caption, wide=True))
