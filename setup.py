@@ -76,6 +76,7 @@ setup(
         "llama3_jax": [
             "templates/*.html",
             "kernels/gpu/*.json",
+            "curation/lists/*.txt",
             "curation/page/extractor.npz",
             "curation/rubrics/*.txt",
         ]
