@@ -73,7 +73,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llama3_jax", "llama3_jax.*"]),
     package_data={
-        "llama3_jax": ["templates/*.html", "kernels/gpu/*.json", "curation/page/extractor.npz"]
+        "llama3_jax": [
+            "templates/*.html",
+            "kernels/gpu/*.json",
+            "curation/lists/*.txt",
+            "curation/page/extractor.npz",
+        ]
     },
     install_requires=[
         "absl-py>=2.1",

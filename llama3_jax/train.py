@@ -24,15 +24,26 @@ from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.kernels import dispatch
+from llama3_jax.model.transformer import Params
 from llama3_jax.parallel import processes
-from llama3_jax.parallel.mesh import make_mesh
+from llama3_jax.parallel.mesh import Layout, make_mesh
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.planning.check import check_run
+from llama3_jax.planning.constants import load_constants
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.gate import GateLog, Gates
+from llama3_jax.recipe.measure import averaged_now, evaluate, evaluation_due, scorer, start_average
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
-from llama3_jax.recipe.prepare import Run, context_balances, prepare, print_timeline
+from llama3_jax.recipe.prepare import Run, context_balances, follow, prepare
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
-from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
+from llama3_jax.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    restore_newest,
+    save_model,
+    state_bytes,
+)
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
@@ -42,10 +53,12 @@ from llama3_jax.training.step import (
     compile_step,
     from_canonical,
     init_state,
+    params_from_canonical,
     to_canonical,
 )
 
 FLAGS = flags.FLAGS
+AVERAGED = "averaged"
 
 
 def define_flags() -> None:
@@ -59,7 +72,7 @@ def define_flags() -> None:
 def main(_) -> int:
     config = parse(RunConfig, cli.require_config(FLAGS.config))
     if FLAGS.check:
-        print_timeline(prepare(config))
+        check_run(config, load_constants())
         return 0
     if FLAGS.documents_of_step is not None:
         for entry in prepare(config).batches.documents(FLAGS.documents_of_step):
@@ -85,21 +98,29 @@ def train(run: Run, workdir: Path) -> int:
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
+    gate_log = GateLog(workdir)
+
+    def check(saved: dict) -> None:
+        gate_log.back_to(saved["step"], saved.get("gates", ()))
+        timeline = follow(run, gate_log.verdicts)
+        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], 0))
+
     restored = restore_newest(
-        checkpoints,
-        lambda step: abstract[timeline.stage_index(step)],
-        lambda saved: check_same_run(
-            saved, run_metadata(config, timeline, run.corpora, saved["step"], 0)
-        ),
+        checkpoints, lambda step: abstract[run.timeline.stage_index(step)], check
     )
+    average = None
     if restored:
+        timeline = run.timeline
         step, bad_steps = restored.step, restored.metadata["bad_steps"]
         layout = layouts[timeline.stage_index(step)]
         state = TrainState(restored.params, restored.optimizer)
         state = from_canonical(state, model, optimizer, layout)
+        if restored.average is not None:
+            average = params_from_canonical(restored.average, model, layout)
         del restored  # or its arrays would stay as long as the run
     else:
         step, bad_steps, layout = 0, 0, layouts[0]
+        gate_log.back_to(0, ())
         if config.init_from:
             state = TrainState(*start_state(config, run.corpora, abstract[0]))
             state = from_canonical(state, model, optimizer, layout)
@@ -129,6 +150,8 @@ def train(run: Run, workdir: Path) -> int:
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)
+    gates = Gates(gate_log, run.suite, progress.say)
+    average = start_average(run, step, average)
 
     # ---- the loop: stage after stage, step after step
     stop = StopSignal(processes.SharedNumber())
@@ -137,18 +160,38 @@ def train(run: Run, workdir: Path) -> int:
         log.flush()
         metrics.sync()
         metadata = run_metadata(config, timeline, run.corpora, step, log.bad_steps)
+        metadata["gates"] = gate_log.verdict_records
         canonical = to_canonical(state, model, layout)
-        checkpoints.save(step, canonical.params, canonical.optimizer, metadata)
+        averaged = average and average.params and to_canonical(average.params, model, layout)
+        checkpoints.save(step, canonical.params, canonical.optimizer, metadata, averaged)
+
+    def lie_on(new: Layout) -> None:
+        nonlocal state, layout
+        if new != layout:
+            canonical, layout = to_canonical(state, model, layout), new
+            state = from_canonical(canonical, model, optimizer, layout)
+
+    def interrupted() -> bool:
+        stop.agree()
+        return stop.agreed
 
     try:
-        while step < timeline.steps and not stop.agreed:
+        while (step < timeline.steps or gates.due(timeline, step)) and not stop.agreed:
+            if gates.due(timeline, step):  # asked on the mesh of the stage that has ended
+                index = timeline.stage_index(step - 1)
+                lie_on(layouts[index])
+                save()
+                stage_model = model.model_copy(update={"rope": timeline.stages[index].rope})
+                gates.run(
+                    timeline, step, scorer(run, stage_model, state.params, layout), interrupted
+                )
+                timeline = follow(run, gate_log.verdicts)
+                log.restart_clock()
+                continue
             index = timeline.stage_index(step)
             stage = timeline.stages[index]
             stage_model = model.model_copy(update={"rope": stage.rope})
-            if layouts[index] != layout:
-                state = to_canonical(state, model, layout)
-                layout = layouts[index]
-                state = from_canonical(state, model, optimizer, layout)
+            lie_on(layouts[index])
             step_function = compile_step(
                 stage_model, optimizer, layout, stage.micro_batches, len(run.batches.sources)
             )
@@ -165,6 +208,8 @@ def train(run: Run, workdir: Path) -> int:
                 state, step_metrics = step_function(state, put_batch(batch, layout), rate)
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
+                if averaged_now(run, step):
+                    average.add(state.params)
                 stop.agree()
                 if due(config, timeline, step):
                     log.flush()
@@ -173,6 +218,16 @@ def train(run: Run, workdir: Path) -> int:
                     write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
                     del params
                     log.restart_clock()
+                if evaluation_due(run, step):
+                    log.flush()
+                    scored = {"last": state.params}
+                    if step == timeline.steps and average:
+                        scored[AVERAGED] = average.params
+                    for name, params in scored.items():
+                        model_on_mesh = scorer(run, stage_model, params, layout)
+                        evaluate(run, model_on_mesh, name, step, metrics, progress)
+                    del scored, params, model_on_mesh
+                    log.restart_clock()
                 if step % policy.every_steps == 0 or step == timeline.steps:
                     save()
                 if stop.agreed:
@@ -180,6 +235,8 @@ def train(run: Run, workdir: Path) -> int:
         save()
         log.flush()
         checkpoints.close()
+        if step == timeline.steps and average and not stop.agreed:
+            export_average(workdir, run, to_canonical(average.params, model, layout), step)
     except Exception as error:
         if cli.is_disk_full(error):
             raise UserError(f"no space left on the disk that holds {workdir}") from error
@@ -187,13 +244,21 @@ def train(run: Run, workdir: Path) -> int:
     finally:
         progress.close()
         metrics.close()
-    if step < timeline.steps:
+    if step < timeline.steps or gates.due(timeline, step):
         progress.say(
             f"{stop.name} after step {step}: state saved; the same command goes on from here"
         )
         return stop.exit_code
     progress.say(f"finished: {step} steps, {timeline.consumed(step):,} tokens in {workdir}")
     return 0
+
+
+def export_average(workdir: Path, run: Run, params: Params, step: int) -> None:
+    """Writes the averaged parameters as a model folder, once."""
+    if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
+        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step, 0)["tokenizer"]
+        model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
+        save_model(workdir / AVERAGED, model, params, tokenizer)
 
 
 def check_space(workdir: Path, abstract: TrainState, config: RunConfig) -> None:

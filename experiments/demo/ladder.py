@@ -66,15 +66,21 @@ def run_ladder(result: Path, say) -> None:
             label = f"{layers}x{dim} {budget:.2g}"
             if label in done:
                 continue
-            run = prepare(parse(RunConfig, config(str(result.parent), layers, dim, budget)))
-            params = matmul_parameters(run.config.model)
-            loss = _train(run)
+            params, steps = size(layers, dim, budget)
+            run = prepare(parse(RunConfig, small_run(result.parent, layers, dim, steps)))
+            loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
             say(f"{label} FLOPs: {params:,} parameters, {run.timeline.tokens:,} tokens, "
                 f"held-out loss {loss:.4f}")  # fmt: skip
             write_rows(path, rows)
     write_json(result / PLAN_FILE, plan(rows))
+
+
+def size(layers: int, dim: int, budget: float) -> tuple[int, int]:
+    """Parameters in products, and steps, of one shape at one budget."""
+    params = matmul_parameters(main_shape(layers, dim))
+    return params, max(round(budget / 6 / params / BATCH_TOKENS), 1)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -93,19 +99,17 @@ def _read(path: Path) -> list[dict]:
     return [{**row, **{key: float(row[key]) for key in COLUMNS[:-1]}} for row in rows]
 
 
-def config(directory: str, layers: int, dim: int, budget: float):
-    """A run of the ladder, on the corpora in `directory`."""
-    params = matmul_parameters(main_shape(layers, dim))
-    steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
+def small_run(workdir: Path, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
+    """The config of a run of seconds on the demo's text."""
     tokens = steps * BATCH_TOKENS
     return run_config(
         seed=0,
         model=model_config(layers, dim),
-        data=dict(sources=corpora(directory), packing="best_fit"),
+        data=dict(sources=corpora(str(workdir)), packing="best_fit"),
         stages=[
             dict(
                 name="ladder", tokens=tokens, length=LADDER_LENGTH, batch_tokens=BATCH_TOKENS,
-                mix=MIX,
+                mix=mix,
                 lr=dict(shape="linear", peak=5e-3 * (128 / dim) ** 0.5, end=0.0,
                         warmup_tokens=tokens // 10),
             )
@@ -115,8 +119,8 @@ def config(directory: str, layers: int, dim: int, budget: float):
     )  # fmt: skip
 
 
-def _train(run: Run) -> float:
-    """Trains one run and returns its held-out loss: nothing of it needs to be kept."""
+def train_small(run: Run) -> dict[str, float]:
+    """Trains a run of one stage; its held-out loss by source. Nothing of it needs to be kept."""
     config, stage = run.config, run.timeline.stages[0]
     layout = make_mesh(stage.mesh)
     state = init_state(config.model, config.optimizer, layout, config.seed)
@@ -132,8 +136,8 @@ def _train(run: Run) -> float:
         sums = np.zeros(2)
         for batch in validation_batches(corpus, VALIDATION_LENGTH, 16, VALIDATION_TOKENS):
             sums += [float(v) for v in evaluate(state.params, put_batch(batch, layout))]
-        losses[name] = sums[0] / sums[1]
-    return mixed(losses)
+        losses[name] = float(sums[0] / sums[1])
+    return losses
 
 
 def mixed(losses: dict[str, float]) -> float:

@@ -8,6 +8,7 @@ import pydantic
 from ml_collections import config_dict
 
 from llama3_jax.data.packing import Packing
+from llama3_jax.evaluation.suite import EvaluationConfig
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.timeline import Stage
@@ -72,6 +73,7 @@ class RunConfig(Config):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig
     validation: ValidationConfig | None = None
+    evaluation: EvaluationConfig | None = None
     samples: SampleConfig = SampleConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1

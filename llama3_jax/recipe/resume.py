@@ -19,7 +19,8 @@ from llama3_jax.training.checkpoint import (
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
 # A batch means the same whatever mesh it is spread over and however it is cut.
-_FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens")
+# A gate may be made to wait longer: what has been decided stands in gates.jsonl.
+_FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
 
 
 def run_metadata(
@@ -42,7 +43,8 @@ def run_metadata(
 
 def _stage_metadata(stage: ResolvedStage) -> dict[str, Any]:
     values = stage._asdict()
-    values |= {key: values[key].model_dump() for key in ("rope", "mesh")}
+    for key in ("rope", "mesh", "gate", "average"):
+        values[key] = values[key] and values[key].model_dump()
     return json.loads(json.dumps(values))
 
 

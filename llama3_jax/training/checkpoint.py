@@ -1,6 +1,7 @@
 """Checkpoints through orbax: asynchronous, atomic, verified, restored from the newest valid one.
 
-One checkpoint holds two trees, `params` and `optimizer`, and JSON metadata: the model's config, the
+One checkpoint holds two trees, `params` and `optimizer` (and `average`, see training/averaging.py,
+where the run averages), and JSON metadata: the model's config, the
 tokenizer's fingerprint, the position in the timeline, the run's config, and a checksum of every
 array. A model directory (converted weights) is the same without `optimizer`. All use of orbax
 is in this file.
@@ -42,6 +43,7 @@ class Restored(NamedTuple):
     params: Params
     optimizer: Any
     metadata: dict[str, Any]
+    average: Params | None = None
 
 
 class DamagedCheckpoint(Exception):
@@ -95,7 +97,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending; the same on all processes."""
         return processes.of_first(_steps(self.directory))
 
-    def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        params: Params,
+        optimizer: Any,
+        metadata: dict[str, Any],
+        average: Params | None = None,
+    ) -> None:
         """Starts a save and returns; waits for the one before it, and raises its error if any.
 
         A step that has been saved already is not saved again.
@@ -106,7 +115,9 @@ class Checkpoints:
             return
         self._present.add(step)
         trees = {"params": params, "optimizer": optimizer}
-        metadata = metadata | {"checksums": checksums(trees)}
+        if average is not None:
+            trees["average"] = average
+        metadata = metadata | {"trees": sorted(trees), "checksums": checksums(trees)}
         self._pending = self._open().save_checkpointables_async(
             step, trees, force=True, custom_metadata=metadata
         )
@@ -139,8 +150,12 @@ class Checkpoints:
         path = self.directory / str(step)
         abstract = {"params": abstract_params, "optimizer": abstract_optimizer}
         metadata = _metadata(path)
+        if "average" in metadata.get("trees", ()):
+            abstract["average"] = abstract_params
         trees = _load(path, abstract, metadata)
-        return Restored(step, trees["params"], trees["optimizer"], metadata)
+        return Restored(
+            step, trees["params"], trees["optimizer"], metadata, trees.get("average")
+        )  # fmt: skip
 
     def set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
@@ -247,8 +262,11 @@ def save_model(
     ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = None) -> LoadedModel:
     """Weights from a model directory, a checkpoint, or a run's workdir (its newest checkpoint).
+
+    They are put where `abstract(config)` says (see `step.abstract_canonical`), by default on the
+    first device.
 
     Raises:
       UserError: nothing there, or it is damaged.
@@ -265,16 +283,18 @@ def load_model(path: Path) -> LoadedModel:
     try:
         metadata = _metadata(path)
         config = ModelConfig.model_validate(metadata["model"])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            ),
-            abstract_params(config),
-        )
-        params = _load(path, {"params": abstract}, metadata)["params"]
+        trees = {"params": (abstract or _on_first_device)(config)}
+        params = _load(path, trees, metadata)["params"]
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: damaged checkpoint: {error}") from None
     return LoadedModel(config, params, metadata.get("tokenizer"))
+
+
+def _on_first_device(config: ModelConfig) -> Params:
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), abstract_params(config)
+    )
 
 
 def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from llama3_jax.files import write_text
+from llama3_jax.files import read_json_lines, write_text
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, GATES_FILE = "metrics.jsonl", "gates.jsonl"
 
 
 class MetricsWriter:
@@ -67,12 +67,7 @@ class NoMetrics:
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """All records of a run; a last line that a crash cut off is left out."""
-    records = []
-    with open(workdir / METRICS_FILE, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
+    return read_json_lines(workdir / METRICS_FILE)
 
 
 def _line(record: dict[str, Any]) -> str:

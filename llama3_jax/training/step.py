@@ -187,9 +187,19 @@ def from_canonical(
     state: TrainState, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
 ) -> TrainState:
     """A state in the network's order to how it lies on the mesh; `state` may lie on any mesh."""
-    shardings = state_shardings(config, optimizer, layout)
+    return _laid_out(state, state_shardings(config, optimizer, layout), config, layout)
+
+
+def params_from_canonical(params: Params, config: ModelConfig, layout: Layout) -> Params:
+    """As `from_canonical`, of the parameters alone."""
+    axes = logical_axes(config)
+    sharding.check_divisible(axes, transformer.abstract_params(config), layout)
+    return _laid_out(params, sharding.shardings(axes, layout), config, layout)
+
+
+def _laid_out(tree: Any, shardings: Any, config: ModelConfig, layout: Layout) -> Any:
     if layout.config.pipe == 1:
-        return jax.device_put(state, shardings)
+        return jax.device_put(tree, shardings)
     stages = make_stages(config.layers, layout.config)
 
     def convert(path, x: jax.Array, to: NamedSharding) -> jax.Array:
@@ -197,7 +207,7 @@ def from_canonical(
             return jax.device_put(x, to)
         return _compile_to_stages(stages, to)(jax.device_put(x, _without_pipe(to)))
 
-    return jax.tree_util.tree_map_with_path(convert, state, shardings)
+    return jax.tree_util.tree_map_with_path(convert, tree, shardings)
 
 
 def abstract_canonical(
