@@ -14,6 +14,7 @@ from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.timeline import Stage
 from llama3_jax.schema import Config, parse
 from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.sinks import SinkName
 
 
 class Source(Config):
@@ -77,6 +78,7 @@ class RunConfig(Config):
     samples: SampleConfig = SampleConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1
+    sinks: tuple[SinkName, ...] = ()
 
 
 def run_config(**values) -> ml_collections.ConfigDict:
