@@ -63,8 +63,7 @@ def get_config(argument: str = f"2,16,6e10,{DEMO}"):
     parts = argument.split(",")
     if len(parts) != 4:
         raise UserError(f"argument {argument!r}: LAYERS,DIM,BUDGET,DIRECTORY is expected")
-    layers, dim, budget = int(parts[0]), int(parts[1]), float(parts[2])
-    return ladder.small_run(Path(parts[3]), layers, dim, ladder.size(layers, dim, budget)[1])
+    return ladder.config(parts[3], int(parts[0]), int(parts[1]), float(parts[2]))
 
 
 def fit(experiment: Path) -> None:

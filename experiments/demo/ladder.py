@@ -66,8 +66,8 @@ def run_ladder(result: Path, say) -> None:
             label = f"{layers}x{dim} {budget:.2g}"
             if label in done:
                 continue
-            params, steps = size(layers, dim, budget)
-            run = prepare(parse(RunConfig, small_run(result.parent, layers, dim, steps)))
+            run = prepare(parse(RunConfig, config(str(result.parent), layers, dim, budget)))
+            params = matmul_parameters(run.config.model)
             loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
@@ -75,12 +75,6 @@ def run_ladder(result: Path, say) -> None:
                 f"held-out loss {loss:.4f}")  # fmt: skip
             write_rows(path, rows)
     write_json(result / PLAN_FILE, plan(rows))
-
-
-def size(layers: int, dim: int, budget: float) -> tuple[int, int]:
-    """Parameters in products, and steps, of one shape at one budget."""
-    params = matmul_parameters(main_shape(layers, dim))
-    return params, max(round(budget / 6 / params / BATCH_TOKENS), 1)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -99,13 +93,20 @@ def _read(path: Path) -> list[dict]:
     return [{**row, **{key: float(row[key]) for key in COLUMNS[:-1]}} for row in rows]
 
 
-def small_run(workdir: Path, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
-    """The config of a run of seconds on the demo's text."""
+def config(directory: str, layers: int, dim: int, budget: float):
+    """A run of the ladder, on the corpora in `directory`."""
+    params = matmul_parameters(main_shape(layers, dim))
+    steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
+    return small_run(directory, layers, dim, steps)
+
+
+def small_run(directory: str, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
+    """A run of seconds on the demo's text."""
     tokens = steps * BATCH_TOKENS
     return run_config(
         seed=0,
         model=model_config(layers, dim),
-        data=dict(sources=corpora(str(workdir)), packing="best_fit"),
+        data=dict(sources=corpora(directory), packing="best_fit"),
         stages=[
             dict(
                 name="ladder", tokens=tokens, length=LADDER_LENGTH, batch_tokens=BATCH_TOKENS,
