@@ -41,6 +41,7 @@ from llama3_jax.recipe.prepare import Run, context_balances, follow, leave_out, 
 from llama3_jax.recipe.replay import replay
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
+from llama3_jax.training import sinks
 from llama3_jax.training.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -53,6 +54,7 @@ from llama3_jax.training.goodput import GOODPUT_FILE, Ledger
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
+from llama3_jax.training.sinks import Sink
 from llama3_jax.training.step import (
     TrainState,
     abstract_canonical,
@@ -121,6 +123,7 @@ def train_on(
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
     dispatch.check(model.kernels(), jax.default_backend())
+    sinks.check(config.sinks)
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
@@ -166,7 +169,11 @@ def train_on(
         tokenizer.save(workdir / "tokenizer")
 
     # ---- log
-    metrics = MetricsWriter(workdir, step) if writes else NoMetrics()
+    if writes:
+        saved = json.loads(config.model_dump_json())
+        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, saved) for s in config.sinks])
+    else:
+        metrics = NoMetrics()
     progress = RunProgress(
         timeline.tokens, timeline.consumed(step), config.log_every, quiet=not writes
     )
