@@ -186,6 +186,7 @@ def train(run: Run, workdir: Path) -> int:
                     timeline, step, scorer(run, stage_model, state.params, layout), interrupted
                 )
                 timeline = follow(run, gate_log.verdicts)
+                progress.set_total(timeline.tokens)
                 log.restart_clock()
                 continue
             index = timeline.stage_index(step)
