@@ -33,7 +33,7 @@ from llama3_jax.training.metrics import read_metrics
 HOLDOUT = 0.03
 SPECIALS = 16
 BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
-RECALL_DOCUMENTS, QUESTIONS = 4_000, 20
+RECALL_DOCUMENTS, QUESTIONS = 6_000, 20
 BASELINES_FILE = "baselines.json"
 CONFIG = Path(__file__).with_name("train.py")
 

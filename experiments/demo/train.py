@@ -25,7 +25,7 @@ SOURCES = ("general", "math", "code", "multilingual")
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
 # Shares of the key-value documents: in the initial stage's parts, and after it.
-RECALL = (0.30, 0.25, 0.20, 0.15)
+RECALL = (0.50, 0.35, 0.25, 0.20)
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
 LADDER_LENGTH, VALIDATION_LENGTH, VALIDATION_TOKENS = 128, 256, 50_000
@@ -71,7 +71,7 @@ def get_config(argument: str = "runs/demo"):
     plan = Path(directory) / "ladder" / "plan.json"
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
     # The key-value documents come on top of the tokens that the ladder foresaw.
-    tokens = round(chosen.get("tokens", TOKENS) * 1.2)
+    tokens = round(chosen.get("tokens", TOKENS) * 1.35)
 
     def share(of_48: int) -> int:
         return tokens * of_48 // 48
@@ -83,13 +83,16 @@ def get_config(argument: str = "runs/demo"):
         data=dict(sources=corpora(directory, *SOURCES, "recall"), packing="best_fit"),
         stages=[
             dict(
-                name="short", tokens=share(8), length=64, batch_tokens=1_024,
+                name="short", tokens=share(8), length=96, batch_tokens=960,
                 mix=with_recall(MIX, shares[0]),
                 lr=dict(
                     shape="cosine", peak=5e-3, end=1e-3, warmup_tokens=share(1), tokens=share(36)
                 ),
             ),
-            dict(name="longer", tokens=share(10), length=128, mix=with_recall(MIX, shares[1])),
+            dict(
+                name="longer", tokens=share(10), length=128, batch_tokens=1_024,
+                mix=with_recall(MIX, shares[1]),
+            ),
             dict(
                 name="bigger batch", tokens=share(6), batch_tokens=2_048,
                 mix=with_recall(MIX, shares[2]),
