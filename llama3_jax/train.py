@@ -234,6 +234,7 @@ def train_on(
                     gates.run(timeline, step, model_on_mesh, interrupted)
                     del model_on_mesh
                 timeline = follow(run, gate_log.verdicts)
+                progress.set_total(timeline.tokens)
                 log.restart_clock()
                 continue
             index = timeline.stage_index(step)
