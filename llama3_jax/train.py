@@ -12,6 +12,7 @@ and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one 
 stops all. When a process is lost the others exit with code 3.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -237,7 +238,8 @@ def train_on(
     finally:
         progress.close()
         metrics.close()
-        ledger.write()
+        with contextlib.suppress(OSError):  # a full disk is told of already
+            ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
     if stop.agreed and (step < timeline.steps or incidents.rewind_from):

@@ -182,7 +182,9 @@ def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None)
         texts.append(child.output.read())
         child.output.close()
     began = re.search(r"goes on after step (\d+)", texts[0])
-    last_lines = [(text.strip().splitlines() or [""])[-1] for text in texts]
+    lines = [text.strip().splitlines() or [""] for text in texts]
+    errors = [[line for line in of_one if line.startswith("error: ")] for of_one in lines]
+    last_lines = [(e or of_one)[-1] for e, of_one in zip(errors, lines, strict=True)]
     return Life([child.returncode for child in children], last_lines,
                 int(began[1]) if began else 0, recorded(workdir))  # fmt: skip
 
@@ -314,7 +316,7 @@ class Faults:
         self.reference, self.half = folder / "undisturbed", folder / "half"
         supervise(lambda: door.start(self.reference), self.reference, iter(()))
         # A run that was stopped half way is where most cases begin.
-        stopped = at_step(HALF, send(signal.SIGTERM))
+        stopped = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
         children = door.start(self.half)
         self.stopped = live(children, self.half, stopped)
         assert self.stopped.codes == [cli.EXIT_REQUEUE], self.stopped
@@ -529,6 +531,5 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
     define_flags()
     cli.run(main)
