@@ -9,7 +9,7 @@
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
 and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one process's signal
-stops all. When a process is lost the others exit with code 3.
+stops all. When a process is lost the others exit with code 3; a hang ends all with code 4.
 """
 
 import contextlib

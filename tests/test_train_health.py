@@ -120,10 +120,11 @@ def test_a_run_killed_right_after_the_rewind_leaves_the_same_batches_out(rewound
     assert curve(workdir) == curve(rewound) and events(workdir) == events(rewound)
 
 
-def test_an_event_is_computed_again(rewound, train):
+def test_an_event_is_computed_again(rewound, forked_door, config):
     event = first_rewind(rewound)
     before = sorted(rewound.rglob("*"))
-    result = train(rewound, f"--replay_event={event['event']}")
+    replay = f"--replay_event={event['event']}"
+    result = forked_door("train", config, f"--workdir={rewound}", replay)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].endswith(f"computed again from step {event['rewound_to']}")
