@@ -515,10 +515,12 @@ def main(_) -> int:
                 lost = f"{max(result.lost, default=0)}"
                 if len(result.lost) > 1:
                     lost += f" at most, {sum(result.lost)} in all"
-                table.add_row(
+                row = (
                     result.name, "yes" if result.recovered else "NO", str(len(result.lives)), lost,
                     result.manual, result.notes.replace(folder, "…"),
                 )  # fmt: skip
+                console.print(" | ".join(row), markup=False)
+                table.add_row(*row)
         finally:
             door.close()
     console.print(table)

@@ -32,5 +32,5 @@ def get_config(corpora):
         ],
         checkpoint=dict(every_steps=EVERY, keep_last=3),
         # A hang shall be found in seconds here.
-        watchdog=dict(floor_seconds=5.0, other_seconds=120.0),
+        watchdog=dict(floor_seconds=15.0, other_seconds=300.0),
     )  # fmt: skip
