@@ -95,10 +95,12 @@ def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     events, stop = Events(workdir, writes), StopSignal()
     watchdog.start()
     code = None
-    while code is None:
-        # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
-        code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
-    watchdog.close()
+    try:
+        while code is None:
+            # A rewind is a resume: from an earlier checkpoint, without the batches of its event.
+            code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+    finally:
+        watchdog.close()
     return code
 
 
