@@ -120,11 +120,12 @@ def train_on(
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
+    so_far = Incidents(run, events).state()
     restored = restore_newest(
         checkpoints,
         lambda step: abstract[timeline.stage_index(step)],
         lambda saved: check_same_run(
-            saved, run_metadata(config, timeline, run.corpora, saved["step"], 0)
+            saved, run_metadata(config, timeline, run.corpora, saved["step"], so_far)
         ),
     )
     if restored:
@@ -164,7 +165,8 @@ def train_on(
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
-    ledger.begin(step)
+    if step < timeline.steps:  # else the job ended earlier
+        ledger.begin(step)
     log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
 
     # ---- the loop: stage after stage, step after step
