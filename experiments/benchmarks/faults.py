@@ -63,12 +63,15 @@ def define_flags() -> None:
 
 @dataclasses.dataclass
 class Life:
-    """One start of the command: process by process what it ended with, and the steps it saw."""
+    """One start of the command: process by process what it ended with, and the steps it saw.
+
+    `reached` is None where it ended before it had opened the run.
+    """
 
     codes: list[int]
     last_lines: list[str]
     began: int
-    reached: int
+    reached: int | None
 
 
 @dataclasses.dataclass
@@ -144,14 +147,25 @@ def make_corpora(folder: Path) -> None:
         tokenize([folder / f"{name}.jsonl"], folder / name, folder, Options(piece_bytes=8_000))
 
 
-def recorded(workdir: Path) -> int:
-    """The last step in metrics.jsonl; it may be written to meanwhile."""
-    try:
-        content = (workdir / METRICS_FILE).read_bytes()
-    except FileNotFoundError:
-        return 0
-    steps = re.findall(rb'"step": (\d+),', content[-8_000:])
-    return int(steps[-1]) if steps else 0
+class Metrics:
+    """The metrics.jsonl of a life that begins now, which writes the file anew when it opens the run."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / METRICS_FILE
+        self._before = self._inode()
+
+    def step(self) -> int | None:
+        """The last step recorded by this life; None before it opened the run."""
+        if self._inode() in (None, self._before):
+            return None
+        steps = re.findall(rb'"step": (\d+),', self._path.read_bytes()[-8_000:])
+        return int(steps[-1]) if steps else 0
+
+    def _inode(self) -> int | None:
+        try:
+            return self._path.stat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 def newest(workdir: Path) -> int:
@@ -166,6 +180,7 @@ Break = Callable[[list[subprocess.Popen], Path], None]
 
 def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None) -> Life:
     """Disturbs a start of the command, and waits for its end."""
+    metrics = Metrics(workdir)
     if disturb:
         disturb(children, workdir)
     while all(child.poll() is None for child in children):
@@ -186,7 +201,7 @@ def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None)
     errors = [[line for line in of_one if line.startswith("error: ")] for of_one in lines]
     last_lines = [(e or of_one)[-1] for e, of_one in zip(errors, lines, strict=True)]
     return Life([child.returncode for child in children], last_lines,
-                int(began[1]) if began else 0, recorded(workdir))  # fmt: skip
+                int(began[1]) if began else 0, metrics.step())  # fmt: skip
 
 
 def supervise(
@@ -246,17 +261,21 @@ def same(workdir: Path, reference: Path) -> bool:
 
 def lost_steps(lives: list[Life]) -> list[int]:
     """Of each fault: steps recorded by one life that the next one did again."""
-    return [max(a.reached - b.began, 0) for a, b in zip(lives, lives[1:], strict=False)]
+    opened = [life for life in lives if life.reached is not None]
+    return [max(a.reached - b.began, 0) for a, b in zip(opened, opened[1:], strict=False)]
 
 
 # ------------------------------------------------------------------------------ disturbances
 
 
 def at_step(step: int, act: Break, delay: float = 0.0) -> Break:
-    """Acts once a step is recorded (or a later one), and a little later if so wished."""
+    """Acts once a step is recorded (or a later one), and a little later if so wished; -1: at once."""
 
     def disturb(children: list[subprocess.Popen], workdir: Path) -> None:
-        while recorded(workdir) < step and all(child.poll() is None for child in children):
+        metrics = Metrics(workdir)
+        while step >= 0 and all(child.poll() is None for child in children):
+            if (metrics.step() or 0) >= max(step, 1):
+                break
             time.sleep(0.001)
         time.sleep(delay)
         act(children, workdir)
@@ -268,10 +287,10 @@ def in_save(after: int, delay: float) -> Break:
     """Kills while a checkpoint is being written, at or after a step."""
 
     def disturb(children: list[subprocess.Popen], workdir: Path) -> None:
-        folder = workdir / CHECKPOINTS
+        folder, metrics = workdir / CHECKPOINTS, Metrics(workdir)
         while all(child.poll() is None for child in children):
             names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            if recorded(workdir) >= after and any("tmp" in name for name in names):
+            if (metrics.step() or 0) >= after and any("tmp" in name for name in names):
                 break
             time.sleep(0.0005)
         time.sleep(delay)
@@ -298,7 +317,7 @@ def random_kills(count: int, rng: random.Random, workdir: Path, told: list[str])
         elif number % 7 == 1:
             delay = rng.uniform(0.5, 6)
             told.append(f"start +{delay:.1f} s")
-            yield at_step(0, send(signal.SIGKILL), delay)
+            yield at_step(-1, send(signal.SIGKILL), delay)
         else:
             target = step + rng.randint(1, EVERY + EVERY // 2)
             told.append(f"step {target}")
