@@ -241,8 +241,8 @@ def train_on(
         raise
     finally:
         progress.close()
-        metrics.close()
         with contextlib.suppress(OSError):  # a full disk is told of already
+            metrics.close()
             ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
