@@ -101,7 +101,9 @@ class Door:
         """`faults` are those of each process (see faults_program.py); "" is none."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "JAX_COMPILATION_CACHE_DIR", str(self.folder / "compiled")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes}",
         }
@@ -304,22 +306,23 @@ def send(number: int, process: int = 0) -> Break:
 
 
 def random_kills(count: int, rng: random.Random, workdir: Path, told: list[str]) -> Iterator[Break]:
-    """Kills at random moments, each of them after the newest checkpoint of its life."""
+    """Kills at random moments, up to three intervals after the checkpoint where a life begins."""
     for number in range(count):
         step = newest(workdir)
-        boundary = next((s for s in range(STEPS, END, STEPS) if step <= s <= step + EVERY), None)
+        near = range(step + 1, step + 2 * EVERY + 1)
+        boundary = next((s for s in range(STEPS, END, STEPS) if s in near), None)
         if boundary and rng.random() < 0.7:
             told.append(f"stage change {boundary}")
             yield at_step(boundary, send(signal.SIGKILL), rng.uniform(0, 0.3))
         elif number % 3 == 0:
-            told.append(f"save {step + EVERY}")
-            yield in_save(step + EVERY - 1, rng.uniform(0, 0.1))
+            told.append(f"save {step + 2 * EVERY}")
+            yield in_save(step + 2 * EVERY - 1, rng.uniform(0, 0.1))
         elif number % 7 == 1:
             delay = rng.uniform(0.5, 6)
             told.append(f"start +{delay:.1f} s")
             yield at_step(-1, send(signal.SIGKILL), delay)
         else:
-            target = step + rng.randint(1, EVERY + EVERY // 2)
+            target = step + rng.randint(1, 3 * EVERY)
             told.append(f"step {target}")
             yield at_step(target, send(signal.SIGKILL), rng.uniform(0, 0.01))
 
@@ -359,7 +362,8 @@ class Faults:
         seconds = ", ".join(f"{key} {value:.1f}" for key, value in goodput["seconds"].items())
         booked = sum(goodput["seconds"].values())
         notes = f"{'; '.join(told)}. Booked {booked:.1f} of {goodput['elapsed']:.1f} s: {seconds}"
-        return self.outcome(f"kill -9, {FLAGS.kills} times in one run", workdir, lives, notes)
+        kills = sum(-signal.SIGKILL in life.codes for life in lives)
+        return self.outcome(f"kill -9, {kills} times in one run", workdir, lives, notes)
 
     def sigterm(self) -> Outcome:
         workdir = self.copy("sigterm")

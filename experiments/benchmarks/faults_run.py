@@ -7,7 +7,7 @@ CORPORA is a folder made by `faults.py`. Two devices make the mesh, of one proce
 
 from llama3_jax.recipe.config import run_config
 
-STEPS, EVERY = 40, 10  # of each stage; between checkpoints
+STEPS, EVERY = 60, 10  # of each stage; between checkpoints
 STAGES = ("short", "long", "longer", "wide", "annealing")
 
 
