@@ -3,6 +3,7 @@
     <workdir>/stages/00_read, 01_extract, …   kept/*.parquet, rejected/*.parquet, stage.json
     <workdir>/documents/<source>/*.parquet    what is kept in the end
     <workdir>/tokens/<source>/train, …        the same as token shards for training
+    <workdir>/mix.json                        weights of the sources in a run of so many tokens
     <workdir>/funnel.json                     what became of how much, and what was damaged
     <workdir>/times.json                      seconds, of what this and earlier runs did
 
@@ -13,6 +14,7 @@ on after any interruption and gives the same files.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ import daft
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama3_jax.curation import engine, inputs, parts, read
+from llama3_jax.curation import engine, inputs, mix, parts, read
 from llama3_jax.curation.config import CurationConfig, named_files
 from llama3_jax.curation.documents import parquet_writer
 from llama3_jax.curation.registry import Stage
@@ -36,7 +38,9 @@ from llama3_jax.files import write_json
 from llama3_jax.schema import Config
 
 STAGES, DOCUMENTS, TOKENS = "stages", "documents", "tokens"
+REPORT_FILE = "report.json"  # in a stage's folder
 STAGE_FILE, FUNNEL_FILE, TIMES_FILE = "stage.json", "funnel.json", "times.json"
+MIX_FILE = "mix.json"
 
 
 def run(
@@ -67,6 +71,10 @@ def run(
         _write_documents(config, last, records[-1]["fingerprint"], workdir / DOCUMENTS)
         if config.tokens.tokenizer:
             funnel["shards"] = _write_tokens(config, workdir)
+        if config.mix:
+            train = {source: splits["train"]["tokens"] for source, splits in
+                     funnel["shards"].items()}  # fmt: skip
+            mix.save_plan(workdir / MIX_FILE, mix.plan_mix(config.mix, train))
         write_json(workdir / FUNNEL_FILE, funnel)
     return funnel
 
@@ -93,6 +101,7 @@ def _run_stages(
         values = own.model_dump()
         fingerprint = _fingerprint(
             before["fingerprint"], stage.name, stage.version, values, tokenizer,
+            [_state(path) for path in stage.files(own)],
             [_state(path) for path in named_files(values) + named_files(tokenizer)],
         )  # fmt: skip
 
@@ -121,6 +130,10 @@ def _apply(
         scratch.mkdir()
         frame = stage.function(daft.read_parquet(files), own, scratch)
         counts = parts.write(frame, stage.name, folder, number, tokenizer)
+        if stage.report:
+            found = [parts.files(folder / kind) for kind in ("kept", "rejected")]
+            frames = [daft.read_parquet(paths) for paths in found if paths]
+            stage.report(folder / REPORT_FILE, functools.reduce(_stacked, frames), own)
         _remove(scratch)
         _remove(folder / "unsorted")
         return counts
@@ -130,6 +143,11 @@ def _apply(
     if came != went:
         raise ValueError(f"stage {stage.name}: {came} documents came, {went} left")
     return counts
+
+
+def _stacked(above: daft.DataFrame, below: daft.DataFrame) -> daft.DataFrame:
+    shared = [name for name in above.column_names if name in below.column_names]
+    return above.select(*shared).concat(below.select(*shared))
 
 
 def _stage(

@@ -13,7 +13,9 @@ from llama3_jax.schema import parse
 
 def test_a_quarter_of_the_runs_is_kept_apart_and_read_back(tmp_path):
     rows = [
-        dict(run=i, weights={"code": i / 8, "math": 1 - i / 8}, losses={"code": 9.0 - i, "math": 1.0})
+        dict(
+            run=i, weights={"code": i / 8, "math": 1 - i / 8}, losses={"code": 9.0 - i, "math": 1.0}
+        )
         for i in range(8)
     ]
     mix.write_tables(tmp_path, rows)
