@@ -23,5 +23,5 @@ def get_config(folder: str = "debian_pages"):
             math=pages("python-sympy-doc", "python-scipy-doc"),
             multilingual=pages(*helps, "debian-handbook"),
         ),
-        stages=dict(extract={}),
+        stages=dict(extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}),
     )  # fmt: skip
