@@ -66,20 +66,23 @@ def run_ladder(result: Path, say) -> None:
             label = f"{layers}x{dim} {budget:.2g}"
             if label in done:
                 continue
-            params = matmul_parameters(main_shape(layers, dim))
-            steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
-            run = prepare(parse(RunConfig, small_run(result.parent, layers, dim, steps)))
+            run = prepare(parse(RunConfig, config(str(result.parent), layers, dim, budget)))
+            params = matmul_parameters(run.config.model)
             loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
             say(f"{label} FLOPs: {params:,} parameters, {run.timeline.tokens:,} tokens, "
                 f"held-out loss {loss:.4f}")  # fmt: skip
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
+            write_rows(path, rows)
     write_json(result / PLAN_FILE, plan(rows))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _read(path: Path) -> list[dict]:
@@ -90,13 +93,20 @@ def _read(path: Path) -> list[dict]:
     return [{**row, **{key: float(row[key]) for key in COLUMNS[:-1]}} for row in rows]
 
 
-def small_run(workdir: Path, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
-    """The config of a run of seconds on the demo's text."""
+def config(directory: str, layers: int, dim: int, budget: float):
+    """A run of the ladder, on the corpora in `directory`."""
+    params = matmul_parameters(main_shape(layers, dim))
+    steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
+    return small_run(directory, layers, dim, steps)
+
+
+def small_run(directory: str, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
+    """A run of seconds on the demo's text."""
     tokens = steps * BATCH_TOKENS
     return run_config(
         seed=0,
         model=model_config(layers, dim),
-        data=dict(sources=corpora(str(workdir)), packing="best_fit"),
+        data=dict(sources=corpora(directory), packing="best_fit"),
         stages=[
             dict(
                 name="ladder", tokens=tokens, length=LADDER_LENGTH, batch_tokens=BATCH_TOKENS,
@@ -175,10 +185,14 @@ def plan(rows: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def section(workdir: Path) -> Section:
-    """The forecast beside the outcome, and the ladder's plots, for the run's report."""
-    rows = _read(workdir / "ladder" / RUNS_FILE)
-    made = json.loads((workdir / "ladder" / PLAN_FILE).read_text())
+def section(workdir: Path, ladder: Path | None = None) -> Section:
+    """The forecast beside the outcome, and the ladder's plots, for the run's report.
+
+    `ladder` is the directory of the ladder's runs and plan, by default that in `workdir`.
+    """
+    ladder = ladder or workdir / "ladder"
+    rows = _read(ladder / RUNS_FILE)
+    made = json.loads((ladder / PLAN_FILE).read_text())
     final = [r for r in read_metrics(workdir) if r["kind"] == "validation"][-1]
     outcome = mixed(final["losses"])
     parts = []

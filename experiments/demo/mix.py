@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 def run_mix(demo: Path, mix: dict[str, float], tokens: int = TOKENS) -> dict[str, float]:
     """Held-out losses of a small run on one mix."""
     mix = {name: weight for name, weight in mix.items() if weight > 1e-4}
-    config = small_run(demo, LAYERS, DIM, tokens // BATCH_TOKENS, mix)
+    config = small_run(str(demo), LAYERS, DIM, tokens // BATCH_TOKENS, mix)
     return train_small(prepare(parse(RunConfig, config)))
 
 

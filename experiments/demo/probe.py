@@ -38,7 +38,7 @@ def get_config(argument: str):
     """`argument`: the demo's directory, then an arm ("base", "control" or a source) and a seed."""
     directory, arm, seed = (*argument.split(","), "", "")[:3]
     if arm == "base":
-        config = small_run(Path(directory), LAYERS, DIM, BASE_TOKENS // BATCH_TOKENS)
+        config = small_run(directory, LAYERS, DIM, BASE_TOKENS // BATCH_TOKENS)
         config.stages[0]["lr"] = dict(shape="constant", peak=5e-3, warmup_tokens=30_000)
         return config
     candidate = arm if arm == probe.CONTROL else f"{directory}/tokens/{arm}"

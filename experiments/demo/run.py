@@ -22,12 +22,13 @@ from rich.table import Table
 
 from experiments.demo import corpus, ladder
 from experiments.demo.train import SOURCES, VOCAB_SIZE
-from llama3_jax import cli, report
+from llama3_jax import cli
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
 from llama3_jax.reporting import tokenizers
+from llama3_jax.reporting.run import write_run_report
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
@@ -42,6 +43,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
+    flags.DEFINE_bool("prepare", False, "Make the corpora, and stop before any training.")
 
 
 def main(_) -> int:
@@ -51,12 +53,14 @@ def main(_) -> int:
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
+    if FLAGS.prepare:
+        return 0
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
     part("train a ladder of small models, fit scaling laws", workdir / "ladder", climb)
     console.rule("train", align="left")
     if code := train(workdir):
         return code
-    report.write_report(workdir, [ladder.section(workdir), *tokenizers.sections(workdir)])
+    write_run_report(workdir, [ladder.section(workdir)])
     summarise(workdir)
     return 0
 

@@ -52,8 +52,10 @@ def main_shape(layers: int, dim: int) -> ModelConfig:
     return ModelConfig(**model_config(layers, dim))
 
 
-def get_config(directory: str = "runs/demo"):
-    plan = Path(directory) / "ladder" / "plan.json"
+def get_config(argument: str = "runs/demo"):
+    """`argument`: directory of the corpora, and optionally the file of another ladder's plan."""
+    directory, _, other = argument.partition(",")
+    plan = Path(other or f"{directory}/ladder/plan.json")
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
     tokens = chosen.get("tokens", TOKENS)
 

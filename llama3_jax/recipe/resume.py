@@ -1,6 +1,7 @@
 """What a checkpoint says of its run, and whether a config goes on with the same one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
 
 
 def run_metadata(
-    config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus], step: int, bad_steps: int
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    step: int,
+    incidents: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metadata of the checkpoint after `step` steps."""
+    """Metadata of the checkpoint after `step` steps; `incidents` is what `Incidents.state` says."""
     tokenizer = next(iter(corpora.values())).info.tokenizer
     return model_metadata(config.model, tokenizer) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
-        "bad_steps": bad_steps,
+        **(incidents or {}),
         "seed": config.seed,
         "packing": config.data.packing,
         "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},

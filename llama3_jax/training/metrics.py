@@ -1,6 +1,7 @@
 """What is measured: one line of JSON each in metrics.jsonl, and TensorBoard beside it."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class NoMetrics:
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """All records of a run; a last line that a crash cut off is left out."""
     return read_json_lines(workdir / METRICS_FILE)
+
+
+def json_number(value: float) -> float | str:
+    """JSON has no NaN or infinity: those are written as strings."""
+    return float(value) if math.isfinite(value) else str(value)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def metadata(corpora):
         config = parse(RunConfig, values | changes)
         timeline = Timeline(config.stages, config.model.rope, config.mesh)
         sources = {name: Corpus(source.train) for name, source in config.data.sources.items()}
-        return run_metadata(config, timeline, sources, step, 0)
+        return run_metadata(config, timeline, sources, step)
 
     return metadata
 

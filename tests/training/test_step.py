@@ -13,6 +13,8 @@ from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.training.gradients import make_gradients
 from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
 from llama3_jax.training.step import (
+    Limits,
+    StepMetrics,
     TrainState,
     compile_step,
     compile_validation,
@@ -171,6 +173,31 @@ def test_a_step_that_is_not_finite_is_not_applied():
     after, metrics = step(state, put_batch(batch, mesh), np.float32(1e-2))
     assert not metrics.applied and not np.isfinite(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+
+
+def test_a_step_over_its_limits_is_not_applied():
+    mesh = make_mesh(DATA8)
+    step, batch = compile_step(MODEL, OPTIMIZER, mesh, 1, 2), put_batch(make_batch(), mesh)
+
+    def run(*limits) -> tuple[bool, StepMetrics]:
+        """Whether the state changed, and the metrics."""
+        state = init_state(MODEL, OPTIMIZER, mesh, 0)
+        before = jax.device_get(state)
+        after, metrics = step(state, batch, np.float32(1e-2), *limits)
+        pairs = zip(*map(jax.tree.leaves, (before, jax.device_get(after))), strict=True)
+        return not all(np.array_equal(a, b) for a, b in pairs), metrics
+
+    changed, free = run()
+    assert changed and free.applied
+    loss, norm = float(free.loss), float(free.grad_norm)
+    for limits, applied in (
+        (Limits(loss, norm), True),
+        (Limits(np.nextafter(np.float32(loss), np.float32(0)), np.inf), False),
+        (Limits(np.inf, np.nextafter(np.float32(norm), np.float32(0))), False),
+    ):
+        changed, metrics = run(limits)
+        assert changed == applied == bool(metrics.applied)
+        assert (float(metrics.loss), float(metrics.grad_norm)) == (loss, norm)
 
 
 def test_counts_of_a_step():

@@ -1,0 +1,23 @@
+"""A run's whole report: training, and every part of the run's folder that has a section."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llama3_jax.reporting import evaluation, survival, tokenizers
+from llama3_jax.reporting.page import Section, write_report
+
+# Each gives sections where the run's folder holds what it shows, and none where it does not.
+PARTS: tuple[Callable[[Path], list[Section]], ...] = (
+    evaluation.sections,
+    survival.sections,
+    tokenizers.sections,
+)
+
+
+def write_run_report(workdir: Path, first: Sequence[Section] = ()) -> Path:
+    """Writes the report of the run in `workdir`, with `first` before its other parts' sections.
+
+    Raises:
+      UserError: it is not a run's, a file in it is damaged, or the report can't be written.
+    """
+    return write_report(workdir, [*first, *(s for part in PARTS for s in part(workdir))])
