@@ -23,5 +23,12 @@ def get_config(folder: str = "debian_pages"):
             math=pages("python-sympy-doc", "python-scipy-doc"),
             multilingual=pages(*helps, "debian-handbook"),
         ),
-        stages=dict(extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}),
+        stages=dict(
+            extract={},
+            urls={},
+            url_dedup={},
+            languages=dict(exempt_sources=("code", "math")),
+            minhash={},
+            lines=dict(exempt_sources=("code", "math")),
+        ),
     )  # fmt: skip

@@ -56,6 +56,15 @@ def test_thresholds_and_wanted_languages(tmp_path):
             languages(None, LanguagesConfig(**wrong), tmp_path)
 
 
+def test_code_is_exempt_where_its_source_is(tmp_path):
+    rows = [document(text=CODE, source=source) for source in ("code", "web", "code")]
+    rows[2]["text"] = ""
+    out = run(languages, LanguagesConfig(exempt_sources=("code",)), rows, tmp_path)
+    reasons = [out[row["doc"]]["reason"] for row in rows]
+    assert reasons == [None, "languages_uncertain", "languages_unknown"]
+    assert out[rows[0]["doc"]]["language"]
+
+
 def test_samples_reach_from_the_first_character_to_the_last():
     text = "".join(chr(0x4E00 + number) for number in range(3000))
     pieces = sample(text, 4, 10).split(" ")
