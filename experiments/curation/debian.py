@@ -29,6 +29,6 @@ def get_config(folder: str = "debian_pages"):
             url_dedup={},
             languages=dict(exempt_sources=("code", "math")),
             minhash={},
-            lines=dict(exempt_sources=("code", "math")),
+            lines={},
         ),
     )  # fmt: skip
