@@ -58,8 +58,10 @@ def test_thresholds_and_wanted_languages(tmp_path):
 
 def test_code_is_exempt_where_its_source_is(tmp_path):
     code = "0x1f 7b3e 99a0 ffff 0001"
-    rows = [document(text=code, source=source) for source in ("code", "web", "code")]
-    rows[2]["text"] = ""
+    rows = [
+        document(text=text, source=source)
+        for text, source in ((code, "code"), (code, "web"), ("", "code"))
+    ]
     out = run(languages, LanguagesConfig(exempt_sources=("code",)), rows, tmp_path)
     reasons = [out[row["doc"]]["reason"] for row in rows]
     assert reasons == [None, "languages_uncertain", "languages_unknown"]
