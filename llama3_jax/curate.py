@@ -19,6 +19,7 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.curation import config as configs
 from llama3_jax.curation import engine, explain, run
+from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.errors import UserError
 from llama3_jax.reporting import curation as reporting
 
@@ -50,7 +51,7 @@ def main(_) -> None:
     funnel = run.run(config, stages, workdir, FLAGS.sample)
     print("\n".join(run.damage(funnel)))
     page = reporting.write_page(workdir)
-    print(f"{workdir / run.DOCUMENTS}, {page}")
+    print(f"{workdir / DOCUMENTS}, {page}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llama3_jax.curation import urls
+from llama3_jax.curation.layout import STAGES, files
 from llama3_jax.curation.page import encoding
-from llama3_jax.curation.parts import files
-from llama3_jax.curation.run import STAGES
 from llama3_jax.errors import UserError
 
 SHOWN = 2_000  # characters of a page's markup, or of its text

@@ -30,8 +30,8 @@ class LanguagesConfig(Config):
 
     `thresholds` sets it by language. With `keep`, other languages are rejected. Of each document
     `samples` pieces of `sample_characters` characters, evenly spread, are read. Documents of
-    `exempt_sources` get their likeliest language and are never rejected: code and formulas make any
-    language unsure.
+    `exempt_sources` are never rejected as unsure, but stay without a language: code and formulas
+    hide any.
     """
 
     threshold: float = Field(0.5, ge=0, le=1)
@@ -117,8 +117,8 @@ class _Languages:
     def __call__(self, text: daft.Series, source: daft.Series) -> pa.Array:
         rows = [self.judge(one or "") for one in text.to_pylist()]
         for row, name in zip(rows, source.to_pylist(), strict=True):
-            if row["language"] and name in self.config.exempt_sources:
-                row["reason"] = None
+            if row["reason"] == "languages_uncertain" and name in self.config.exempt_sources:
+                row |= {"language": "", "reason": None}
         fields = {"language": pa.string(), "score": pa.float64(), "reason": pa.string()}
         return pa.array(rows, pa.struct(fields))
 

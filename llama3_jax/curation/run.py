@@ -31,16 +31,22 @@ import pyarrow.parquet as pq
 from llama3_jax.curation import engine, inputs, mix, parts, read
 from llama3_jax.curation.config import CurationConfig, named_files
 from llama3_jax.curation.documents import parquet_writer
+from llama3_jax.curation.layout import (
+    DOCUMENTS,
+    FUNNEL_FILE,
+    MIX_FILE,
+    REPORT_FILE,
+    STAGE_FILE,
+    STAGES,
+    TIMES_FILE,
+    TOKENS,
+    files,
+)
 from llama3_jax.curation.registry import Stage
 from llama3_jax.data import tokenizing
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.schema import Config
-
-STAGES, DOCUMENTS, TOKENS = "stages", "documents", "tokens"
-REPORT_FILE = "report.json"  # in a stage's folder
-STAGE_FILE, FUNNEL_FILE, TIMES_FILE = "stage.json", "funnel.json", "times.json"
-MIX_FILE = "mix.json"
 
 
 def run(
@@ -120,7 +126,7 @@ def _apply(
     if not kept:
         raise UserError(f"stage {before['stage']} kept no document: see its rejected/*.parquet "
                         f"in {stages / before['folder']}")  # fmt: skip
-    files = parts.files(stages / before["folder"] / "kept")
+    came_in = files(stages / before["folder"] / "kept")
     number = parts.number_of_parts(sum(row["bytes"] for row in kept))
 
     def attempt() -> list[dict[str, Any]]:
@@ -128,10 +134,10 @@ def _apply(
             _remove(leftover)
         scratch = folder / "scratch"
         scratch.mkdir()
-        frame = stage.function(daft.read_parquet(files), own, scratch)
+        frame = stage.function(daft.read_parquet(came_in), own, scratch)
         counts = parts.write(frame, stage.name, folder, number, tokenizer)
         if stage.report:
-            found = [parts.files(folder / kind) for kind in ("kept", "rejected")]
+            found = [files(folder / kind) for kind in ("kept", "rejected")]
             frames = [daft.read_parquet(paths) for paths in found if paths]
             stage.report(folder / REPORT_FILE, functools.reduce(_stacked, frames), own)
         _remove(scratch)
@@ -192,7 +198,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _count_read(folder: Path) -> list[dict[str, Any]]:
     rows = []
-    for path in parts.files(folder / "kept") + parts.files(folder / "rejected"):
+    for path in files(folder / "kept") + files(folder / "rejected"):
         file = pq.ParquetFile(path)
         known = {"source", "language", "reason", "bytes"} & set(file.schema_arrow.names)
         rows += parts.count(file.read(sorted(known)))
@@ -211,7 +217,7 @@ def _write_documents(config: CurationConfig, last: Path, fingerprint: str, targe
     _remove(partial)
     for source in config.inputs:
         (partial / source).mkdir(parents=True)
-    for path in map(Path, parts.files(last / "kept")):
+    for path in map(Path, files(last / "kept")):
         file = pq.ParquetFile(path)
         with contextlib.ExitStack() as stack:
             writers: dict[str, pq.ParquetWriter] = {}
@@ -234,12 +240,12 @@ def _of_source(table: pa.Table, source: str) -> pa.Table:
 def _write_tokens(config: CurationConfig, workdir: Path) -> dict[str, Any]:
     shards = {}
     for source in config.inputs:
-        files = [Path(path) for path in parts.files(workdir / DOCUMENTS / source)]
-        if not files:
+        documents = [Path(path) for path in files(workdir / DOCUMENTS / source)]
+        if not documents:
             continue
         options = tokenizing.Options("text", "doc", config.tokens.holdout)
         infos = tokenizing.tokenize(
-            files, workdir / TOKENS / source, Path(config.tokens.tokenizer), options
+            documents, workdir / TOKENS / source, Path(config.tokens.tokenizer), options
         )
         shards[source] = {
             split: {"documents": info.documents, "tokens": info.tokens}

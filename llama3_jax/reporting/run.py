@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llama3_jax.reporting import evaluation, survival, tokenizers
+from llama3_jax.reporting import curation, evaluation, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
 
 # Each gives sections where the run's folder holds what it shows, and none where it does not.
 PARTS: tuple[Callable[[Path], list[Section]], ...] = (
+    curation.sections,
     evaluation.sections,
     survival.sections,
     tokenizers.sections,

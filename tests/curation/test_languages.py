@@ -65,7 +65,7 @@ def test_code_is_exempt_where_its_source_is(tmp_path):
     out = run(languages, LanguagesConfig(exempt_sources=("code",)), rows, tmp_path)
     reasons = [out[row["doc"]]["reason"] for row in rows]
     assert reasons == [None, "languages_uncertain", "languages_unknown"]
-    assert out[rows[0]["doc"]]["language"]
+    assert out[rows[0]["doc"]]["language"] == ""
 
 
 def test_samples_reach_from_the_first_character_to_the_last():
