@@ -133,7 +133,13 @@ class _Shingles:
 
     @daft.method.batch(return_dtype=daft.DataType.list(daft.DataType.uint64()), batch_size=512)
     def __call__(self, text: daft.Series) -> pa.Array:
-        batch = words.Pieces(text.to_arrow())
+        text = text.to_arrow()
+        sets = [one for part in words.slices(text) for one in self.sets(text[part])]
+        offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
+        return pa.LargeListArray.from_arrays(offsets, np.concatenate(sets))
+
+    def sets(self, text: pa.Array) -> list[np.ndarray]:
+        batch = words.Pieces(text)
         runs = batch.runs(self.ngram)
         hashes = batch.hashes(runs, self.ngram)
         bounds = np.searchsorted(runs, batch.offsets)
@@ -143,9 +149,7 @@ class _Shingles:
             if not len(own) and start < stop:
                 own = batch.hashes(np.array([start]), stop - start)
             sets.append(np.unique(own))
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
-        values = np.concatenate(sets) if sets else np.zeros(0, np.uint64)
-        return pa.LargeListArray.from_arrays(offsets, values)
+        return sets
 
 
 @daft.func.batch(return_dtype=daft.DataType.float64())
