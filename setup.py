@@ -12,6 +12,7 @@ CURATION = [
     "fasttext-numpy2>=0.10.4",
     "fastwarc>=1.0",
     "selectolax>=1.0",
+    "tokenizers>=0.21",
     "w3lib>=2.3",
 ]
 
@@ -50,7 +51,6 @@ EXTRAS = {
         "ruff>=0.9",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "tokenizers>=0.21",
         # The kernels in Triton's interpreter, and compiled for the chip on any machine.
         "triton>=3.7; platform_system == 'Linux'",
     ],
@@ -79,6 +79,7 @@ setup(
             "kernels/gpu/*.json",
             "curation/lists/*.txt",
             "curation/page/extractor.npz",
+            "curation/rubrics/*.txt",
         ]
     },
     install_requires=[

@@ -30,5 +30,9 @@ def get_config(folder: str = "debian_pages"):
             languages=dict(exempt_sources=("code", "math")),
             minhash={},
             lines={},
+            gopher={},
+            divergence={},
+            safety={},
+            pii={},
         ),
     )  # fmt: skip

@@ -11,5 +11,8 @@ from llama3_jax.curation.config import curation_config
 def get_config(folder: str = "crawl"):
     return curation_config(
         inputs={"web": dict(paths=(folder,))},
-        stages=dict(extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}),
-    )
+        stages=dict(
+            extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}, gopher={},
+            divergence={}, safety={}, pii={},
+        ),
+    )  # fmt: skip

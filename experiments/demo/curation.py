@@ -28,5 +28,9 @@ def get_config(directory: str = "runs/demo"):
             languages=dict(exempt_sources=NO_PROSE),
             minhash={},
             lines=dict(exempt_sources=NO_PROSE),
+            gopher={},
+            divergence=dict(exempt_sources=NO_PROSE),
+            safety={},
+            pii={},
         ),
     )

@@ -1,5 +1,6 @@
 """classifier.json, which every trained classifier's folder has, and how a classifier is judged."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,14 @@ CARD_FILE = "classifier.json"
 
 
 class Card(Config):
-    """`held_out` is the Agreement with the labels of documents that training never saw."""
+    """`held_out` is the Agreement with the labels of documents that training never saw.
+
+    `sha256` is of the file of weights.
+    """
 
     kind: str
     labels: tuple[str, ...]
+    sha256: str
     trained_on: int
     contradictory: int
     held_out: dict[str, Any] = {}
@@ -52,6 +57,22 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def read_card(folder: Path, cls: type[CardT]) -> CardT:
     return parse(cls, read_json(folder), where=str(folder / CARD_FILE))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_weights(path: Path, card: Card) -> None:
+    """Raises UserError unless `path` is the file that the card was written for."""
+    if not path.is_file():
+        raise UserError(f"{path}: file not found; train the classifier again")
+    if file_sha256(path) != card.sha256:
+        raise UserError(
+            f"{path}: damaged, or of another training than {CARD_FILE} beside it; train the "
+            "classifier again"
+        )
 
 
 def judge(classifier: Classifier, documents: Sequence[Labelled]) -> Agreement:

@@ -4,7 +4,6 @@ A classifier is a folder: model.bin, and classifier.json with its labels, how te
 how it did on held-out documents.
 """
 
-import hashlib
 import itertools
 import os
 import tempfile
@@ -20,7 +19,14 @@ import pydantic
 from jaxtyping import Float
 
 from llama3_jax.curation.agreement import Agreement
-from llama3_jax.curation.classifier_card import CARD_FILE, Card, judge, read_card
+from llama3_jax.curation.classifier_card import (
+    CARD_FILE,
+    Card,
+    check_weights,
+    file_sha256,
+    judge,
+    read_card,
+)
 from llama3_jax.curation.labelled import Labelled, split
 from llama3_jax.curation.lexing import pieces
 from llama3_jax.curation.page_features import feature_words
@@ -55,10 +61,7 @@ class FastTextConfig(Config):
 
 
 class FastTextCard(Card):
-    """`sha256` is of model.bin: the library reads a damaged one for minutes, or for ever."""
-
     kind: Literal["fasttext"] = "fasttext"
-    sha256: str
     characters: int
     page_features: bool
     pair_buckets: int
@@ -88,13 +91,8 @@ def load_fasttext(folder: Path) -> FastTextClassifier:
       UserError: there is none, or it is damaged.
     """
     card = read_card(folder, FastTextCard)
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: file not found; train the classifier again")
-    if _sha256(folder) != card.sha256:
-        raise UserError(f"{path}: damaged, or of another training than {CARD_FILE} beside it; "
-                        "train the classifier again")  # fmt: skip
-    return FastTextClassifier(card, fasttext.load_model(str(path)))
+    check_weights(folder / MODEL_FILE, card)  # fastText reads a damaged file for ever
+    return FastTextClassifier(card, fasttext.load_model(str(folder / MODEL_FILE)))
 
 
 def train_fasttext(
@@ -119,14 +117,11 @@ def train_fasttext(
     with atomic_path(folder / MODEL_FILE) as temporary:
         model.save_model(os.fspath(temporary))
     result = judge(FastTextClassifier(card, model), found.held_out)
-    card = card.model_copy(update={"sha256": _sha256(folder), "held_out": result.as_dict()})
+    card = card.model_copy(
+        update={"sha256": file_sha256(folder / MODEL_FILE), "held_out": result.as_dict()}
+    )
     write_json(folder / CARD_FILE, card.model_dump())
     return result
-
-
-def _sha256(folder: Path) -> str:
-    with (folder / MODEL_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _train(
