@@ -7,9 +7,19 @@ The second line needs what `make demo` collects under runs/demo/corpus.
 """
 
 from llama3_jax.curation.config import curation_config
+from llama3_jax.curation.gopher import GopherConfig
 
 # Code and formulas hide the language, and repeat lines (imports, brackets) for good reason.
 NO_PROSE = ("code", "math")
+# Documentation and lists of messages have the same words and signs in many lines.
+USUAL = [override.model_dump() for override in GopherConfig().overrides]
+LISTS = dict(
+    sources=("math", "multilingual"),
+    rules=dict.fromkeys(
+        ["max_ellipsis_ratio", "max_ellipsis_share", "min_alphabetic_share", "max_top_2gram",
+         "max_top_3gram", "max_top_4gram", *(f"max_dup_{n}gram" for n in range(5, 11))]
+    ),
+)  # fmt: skip
 
 
 def get_config(directory: str = "runs/demo"):
@@ -28,7 +38,7 @@ def get_config(directory: str = "runs/demo"):
             languages=dict(exempt_sources=NO_PROSE),
             minhash={},
             lines=dict(exempt_sources=NO_PROSE),
-            gopher={},
+            gopher=dict(overrides=[*USUAL, LISTS]),
             divergence=dict(exempt_sources=NO_PROSE),
             safety={},
             pii={},

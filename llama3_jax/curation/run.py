@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import daft
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from llama3_jax.curation import engine, inputs, mix, parts, read
 from llama3_jax.curation.config import CurationConfig, named_files
@@ -173,7 +175,8 @@ def _stage(
             partial.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
             record = {"stage": name, "folder": folder.name, "fingerprint": fingerprint}
-            record |= make(partial)
+            with _clock(name):
+                record |= make(partial)
             _note_time(workdir / TIMES_FILE, name, time.monotonic() - begun)
             write_json(partial / STAGE_FILE, record)
         # Interrupted between these two, the next run finds the partial folder whole.
@@ -183,6 +186,14 @@ def _stage(
     else:
         say(f"{_line(record)} (unchanged)")
     return record
+
+
+def _clock(name: str) -> Progress:
+    """Shows, on a terminal, which stage runs and for how long."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = Progress(*columns, transient=True, disable=not sys.stderr.isatty())
+    progress.add_task(name, total=None)
+    return progress
 
 
 def _line(record: dict[str, Any]) -> str:
