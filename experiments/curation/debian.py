@@ -28,7 +28,8 @@ def get_config(folder: str = "debian_pages"):
             urls={},
             url_dedup={},
             languages=dict(exempt_sources=("code", "math")),
-            minhash={},
+            # Translations hold many pages in English: those of the other sources are the originals.
+            minhash=dict(prefer=("math", "code", "general")),
             lines={},
             gopher={},
             divergence={},
