@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from llama3_jax.curation.words import Pieces, slices, string_bytes
+from llama3_jax.curation.words import Pieces, slices, string_bytes, within
 
 TOP = (2, 3, 4)
 DUPLICATED = (5, 6, 7, 8, 9, 10)
@@ -100,7 +100,7 @@ class _Runs:
     def __init__(
         self, hashes: UInt64[np.ndarray, "n"], place: Int[np.ndarray, "n"], document: np.ndarray
     ):
-        keys = hashes ^ (document[place].astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
+        keys = within(hashes, document[place])
         order = np.argsort(keys)
         keys = keys[order]
         new = np.ones(len(keys), bool)
