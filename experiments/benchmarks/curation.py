@@ -31,6 +31,7 @@ from pathlib import Path
 
 import daft
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from absl import flags
 from rich.console import Console
@@ -154,7 +155,7 @@ class Peer:
 
 
 def measure_speed(table: pa.Table, work: Path) -> None:
-    table = table.filter(pa.compute.equal(table["language"], "en"))
+    table = table.filter(pc.equal(table["language"], "en"))
     step = max(1, len(table) // FLAGS.documents)
     table = table.take(list(range(0, len(table), step))[: FLAGS.documents])
     table = table.append_column("urls_canonical", table["url"])

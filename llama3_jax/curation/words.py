@@ -78,11 +78,11 @@ class Pieces:
         return _mixed((sums[end] - sums[start]) * inverse[start])
 
     @functools.cached_property
-    def characters(self) -> Int[np.ndarray, "B+1"]:
-        """How many characters begin before each byte."""
-        counts = np.zeros(len(self.data) + 1, np.int64)
-        np.cumsum((self.data & 0xC0) != 0x80, out=counts[1:])
-        return counts
+    def lengths(self) -> Int[np.ndarray, "W"]:
+        """Characters of each word."""
+        more = np.flatnonzero((self.data & 0xC0) == 0x80)  # a character's second byte and later
+        more = np.searchsorted(self.starts, more, side="right") - 1
+        return self.ends - self.starts - np.bincount(more, minlength=len(self.starts))
 
     @functools.cached_property
     def _prefix_sums(self) -> tuple[UInt64[np.ndarray, "B+1"], UInt64[np.ndarray, "B+1"]]:
