@@ -14,14 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from llama3_jax.curation.words import Pieces, slices, string_bytes
+from llama3_jax.curation.words import Pieces, slices, string_bytes, within
 
 TOP = (2, 3, 4)
 DUPLICATED = (5, 6, 7, 8, 9, 10)
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _BULLETS = ("•", "‣", "●", "◦", "▪", "∙", "■")  # three bytes each
-_CODE_ENDS = np.frombuffer(b"{};([=\\", np.uint8)
-_TERMINAL = np.frombuffer(b".!?", np.uint8)
+_BYTES = np.arange(256)
+_CODE_ENDS = np.isin(_BYTES, list(b"{};([=\\"))
+_TERMINAL = np.isin(_BYTES, list(b".!?"))
+_DASHES = np.isin(_BYTES, list(b"-*"))
+_LETTER_BEGINS = (_BYTES >= 0xC3) | (((_BYTES | 0x20) >= ord("a")) & ((_BYTES | 0x20) <= ord("z")))
 _TERMINAL_WIDE = ("。", "！", "？")
 NAMES = (
     "words", "mean_length", "hash_ratio", "ellipsis_ratio", "alphabetic_share", "stop_words",
@@ -56,16 +59,13 @@ def _count(text: pa.Array, what: str, ignore_case: bool = False) -> Int[np.ndarr
 
 def _of_words(words: Pieces) -> dict[str, np.ndarray]:
     count = np.diff(words.offsets)
-    document = words.documents
-    characters = words.characters
-    length = characters[words.ends] - characters[words.starts]
-    total = _sum(length, words.offsets)
-    letters = np.concatenate([[0], np.cumsum(_letters(words.data))])
-    alphabetic = letters[words.ends] > letters[words.starts]
+    document, length = words.documents, words.lengths
+    before = np.concatenate([[0], np.cumsum(length)])  # characters of all words before
+    total = np.diff(before[words.offsets])
     found = {
         "words": count,
         "mean_length": _share(total, count),
-        "alphabetic_share": _share(_sum(alphabetic, words.offsets), count),
+        "alphabetic_share": _share(_sum(_has_letter(words), words.offsets), count),
         "stop_words": _stop_words(words, document),
     }
     # A run of n words is repeated only if the runs of n - 1 at its two ends are.
@@ -77,15 +77,15 @@ def _of_words(words: Pieces) -> dict[str, np.ndarray]:
         repeated = np.zeros(len(document), bool)
         repeated[runs.repeated] = True
         if n in TOP:
-            size = characters[words.ends[runs.first + n - 1]] - characters[words.starts[runs.first]]
-            size = size - (n - 1)  # the spaces
+            size = before[runs.first + n] - before[runs.first]
             found[f"top_{n}gram"] = np.minimum(_share(runs.top(size, len(count)), total), 1)
         else:
-            covered = np.zeros(len(document) + 1, np.int64)
-            np.add.at(covered, runs.later, 1)
-            np.add.at(covered, runs.later + n, -1)
-            covered = np.cumsum(covered[:-1]) > 0
-            found[f"dup_{n}gram"] = _share(_sum(length * covered, words.offsets), total)
+            covered = np.zeros(len(document), bool)
+            for place in range(n):
+                covered[runs.later + place] = True
+            covered = np.flatnonzero(covered)
+            characters = np.bincount(document[covered], length[covered], minlength=len(count))
+            found[f"dup_{n}gram"] = _share(characters, total)
     return found
 
 
@@ -100,7 +100,7 @@ class _Runs:
     def __init__(
         self, hashes: UInt64[np.ndarray, "n"], place: Int[np.ndarray, "n"], document: np.ndarray
     ):
-        keys = hashes ^ (document[place].astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
+        keys = within(hashes, document[place])
         order = np.argsort(keys)
         keys = keys[order]
         new = np.ones(len(keys), bool)
@@ -126,13 +126,13 @@ class _Runs:
 
 def _stop_words(words: Pieces, document: np.ndarray) -> Int[np.ndarray, "D"]:
     known = Pieces(pa.array(STOP_WORDS))
-    known = known.hashes(np.arange(len(STOP_WORDS)), 1)
+    known = np.sort(known.hashes(np.arange(len(STOP_WORDS)), 1))
     short = np.flatnonzero(words.ends - words.starts <= max(map(len, STOP_WORDS)))
     hashes = words.hashes(short, 1)
-    out = np.zeros(len(words.offsets) - 1, np.int64)
-    for one in known:
-        out[np.unique(document[short[hashes == one]])] += 1
-    return out
+    which = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    hits = known[which] == hashes
+    seen = np.unique(document[short[hits]] * len(known) + which[hits])
+    return np.bincount(seen // len(known), minlength=len(words.offsets) - 1)
 
 
 def _of_lines(lines: Pieces) -> dict[str, np.ndarray]:
@@ -145,13 +145,11 @@ def _of_lines(lines: Pieces) -> dict[str, np.ndarray]:
     count = np.diff(offsets)
     head, tail = marks[begin[full]], marks[stop[full] - 1]
     first, last = _three(data, head), _three(data, np.maximum(tail - 2, 0))
-    listed = np.isin(data[head], np.frombuffer(b"-*", np.uint8)) & (data[head + 1] == ord(" "))
+    listed = _DASHES[data[head]] & (data[head + 1] == ord(" "))
     bullet = listed | np.isin(first, _codes(_BULLETS))
     ellipsis = np.isin(last, _codes(("...", "…")))
-    terminal = np.isin(data[tail], _TERMINAL) | np.isin(last, _codes(_TERMINAL_WIDE))
-    code = (
-        (lines.starts[full] < head) | np.isin(data[tail], _CODE_ENDS) | (first == _codes((">>>",)))
-    )
+    terminal = _TERMINAL[data[tail]] | np.isin(last, _codes(_TERMINAL_WIDE))
+    code = (lines.starts[full] < head) | _CODE_ENDS[data[tail]] | (first == _codes((">>>",)))
     found = {
         f"{name}_share": _share(_sum(which, offsets), count)
         for name, which in (
@@ -173,8 +171,8 @@ def _duplicates(
 ) -> dict[str, np.ndarray]:
     """The share of pieces that occurred before in the document, and of their characters."""
     documents = len(lines.offsets) - 1
-    characters = lines.characters
-    length = characters[lines.ends[first + size - 1]] - characters[lines.starts[first]]
+    before = np.concatenate([[0], np.cumsum(lines.lengths)])
+    length = before[first + size] - before[first] + size - 1  # with the line breaks between
     runs = _Runs(lines.hashes(first, size), np.arange(len(first)), document)
     again = np.zeros(len(first), bool)
     again[runs.later] = True
@@ -188,7 +186,7 @@ def _duplicates(
 def _sentences(data: UInt8[np.ndarray, "B"], bounds: Int[np.ndarray, "D+1"]) -> np.ndarray:
     """Signs that end a sentence: . ! ? before white space or the end, and the wide ones anywhere."""
     padded = np.concatenate([data, np.zeros(3, np.uint8)])
-    place = np.flatnonzero(np.isin(data, _TERMINAL))
+    place = np.flatnonzero(_TERMINAL[data])
     ends = np.zeros(len(data) + 1, bool)
     ends[bounds] = True
     place = place[(padded[place + 1] <= ord(" ")) | ends[place + 1]]
@@ -210,12 +208,13 @@ def _codes(strings: tuple[str, ...]) -> Int[np.ndarray, "n"]:
     return np.array([int.from_bytes(one.encode(), "big") for one in strings])
 
 
-def _letters(data: UInt8[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
-    """Whether a letter begins at a byte."""
-    after = np.append(data[1:], 0)
-    ascii_letter = ((data | 0x20) >= ord("a")) & ((data | 0x20) <= ord("z"))
+def _has_letter(words: Pieces) -> Bool[np.ndarray, "W"]:
+    data = words.data
+    after = np.append(data[1:], np.uint8(0))
     punctuation = ((data == 0xE2) & (after < 0x82)) | ((data == 0xE3) & (after == 0x80))
-    return ascii_letter | ((data >= 0xC3) & ~punctuation)
+    letter = _LETTER_BEGINS[data] & ~punctuation
+    # A word and the space behind it, which is no letter.
+    return np.logical_or.reduceat(letter, words.starts) if len(words.starts) else np.zeros(0, bool)
 
 
 def _sum(values: np.ndarray, offsets: Int[np.ndarray, "D+1"]) -> Int[np.ndarray, "D"]:

@@ -137,8 +137,10 @@ class _Shingles:
     def __call__(self, text: daft.Series) -> pa.Array:
         text = text.to_arrow()
         sets = [one for part in words.slices(text) for one in self.sets(text[part])]
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
-        return pa.LargeListArray.from_arrays(offsets, np.concatenate(sets))
+        offsets = np.cumsum([0, *(len(one) for one in sets)])
+        return pa.LargeListArray.from_arrays(
+            offsets, np.concatenate([np.zeros(0, np.uint64), *sets])
+        )
 
     def sets(self, text: pa.Array) -> list[np.ndarray]:
         batch = words.Pieces(text)

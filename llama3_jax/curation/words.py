@@ -78,11 +78,11 @@ class Pieces:
         return _mixed((sums[end] - sums[start]) * inverse[start])
 
     @functools.cached_property
-    def characters(self) -> Int[np.ndarray, "B+1"]:
-        """How many characters begin before each byte."""
-        counts = np.zeros(len(self.data) + 1, np.int64)
-        np.cumsum((self.data & 0xC0) != 0x80, out=counts[1:])
-        return counts
+    def lengths(self) -> Int[np.ndarray, "W"]:
+        """Characters of each word."""
+        more = np.flatnonzero((self.data & 0xC0) == 0x80)  # a character's second byte and later
+        more = np.searchsorted(self.starts, more, side="right") - 1
+        return self.ends - self.starts - np.bincount(more, minlength=len(self.starts))
 
     @functools.cached_property
     def _prefix_sums(self) -> tuple[UInt64[np.ndarray, "B+1"], UInt64[np.ndarray, "B+1"]]:
@@ -92,13 +92,25 @@ class Pieces:
 
 
 def slices(texts: pa.Array, size: int = 1 << 18) -> Iterator[slice]:
-    """Cuts a batch into runs of documents of about `size` bytes: arrays that stay in the cache."""
+    """Cuts a batch into runs of documents of about `size` bytes: arrays that stay in the cache.
+
+    At least one, so of an empty batch an empty one.
+    """
+    if not len(texts):
+        yield slice(0, 0)
     bounds = string_bytes(texts)[1]
     start = 0
     while start < len(texts):
         stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + size, side="right")) - 1)
         yield slice(start, stop)
         start = stop
+
+
+def within(
+    hashes: UInt64[np.ndarray, "n"], document: Int[np.ndarray, "n"]
+) -> UInt64[np.ndarray, "n"]:
+    """Hashes that are equal only within a document of the batch."""
+    return hashes ^ (document.astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
 
 
 def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Int[np.ndarray, "D+1"]]:
