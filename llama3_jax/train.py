@@ -9,9 +9,10 @@
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
 and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one process's signal
-stops all. When a process is lost the others exit with code 3.
+stops all. When a process is lost the others exit with code 3; a hang ends all with code 4.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -109,10 +110,12 @@ def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     events, stop = Events(workdir, writes), StopSignal()
     watchdog.start()
     code = None
-    while code is None:
-        # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
-        code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
-    watchdog.close()
+    try:
+        while code is None:
+            # A rewind is a resume: from an earlier checkpoint, without the batches of its event.
+            code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+    finally:
+        watchdog.close()
     return code
 
 
@@ -133,12 +136,12 @@ def train_on(
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
-    gate_log = GateLog(workdir)
+    gate_log, so_far = GateLog(workdir), Incidents(run, events).state()
 
     def check(saved: dict) -> None:
         gate_log.back_to(saved["step"], saved.get("gates", ()))
         timeline = follow(run, gate_log.verdicts)
-        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], 0))
+        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], so_far))
 
     restored = restore_newest(
         checkpoints, lambda step: abstract[run.timeline.stage_index(step)], check
@@ -189,7 +192,8 @@ def train_on(
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
-    ledger.begin(step)
+    if step < timeline.steps:  # else the job ended earlier
+        ledger.begin(step)
     log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
     gates = Gates(gate_log, run.suite, progress.say)
     average = start_average(run, step, average)
@@ -306,8 +310,9 @@ def train_on(
         raise
     finally:
         progress.close()
-        metrics.close()
-        ledger.write()
+        with contextlib.suppress(OSError):  # a full disk is told of already
+            metrics.close()
+            ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
     unfinished = step < timeline.steps or gates.due(timeline, step) or incidents.rewind_from
@@ -323,7 +328,7 @@ def train_on(
 def export_average(workdir: Path, run: Run, params: Params, step: int) -> None:
     """Writes the averaged parameters as a model folder, once."""
     if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
-        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step, 0)["tokenizer"]
+        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step)["tokenizer"]
         model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
         save_model(workdir / AVERAGED, model, params, tokenizer)
 
