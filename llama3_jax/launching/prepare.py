@@ -180,12 +180,7 @@ def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
         {
             "wid": wids[unit.name],
             "name": unit.name,
-            "command": [
-                part.replace(WORKDIR, str(directory / unit.name)).replace(
-                    EXPERIMENT, str(directory)
-                )
-                for part in unit.command_line(sys.executable, file)
-            ],
+            "command": [filled(part, unit) for part in unit.command_line(sys.executable, file)],
             "workdir": str(directory / unit.name),
             "environment": unit.environment,
             "after": [wids[name] for name in unit.after],

@@ -118,6 +118,16 @@ def test_what_a_unit_needs_must_be_there(file, corpora):
     assert "checked when they start" in check(argument="x", after=("earlier",))[0]
 
 
+def test_directories_and_number_are_filled_in(tmp_path):
+    said = "{root} {xid} {experiment} {workdir} {other}"
+    units = work_units([WorkUnit(name="u", door="a.b", arguments=(said,)), "x"])
+    first, second = prepare.rows(units, "f.py", tmp_path / "7")
+    assert first["command"][1:] == [
+        "-m", "a.b", f"{tmp_path} 7 {tmp_path}/7 {tmp_path}/7/u {{other}}",
+    ]  # fmt: skip
+    assert second["command"][-1] == f"--workdir={second['workdir']}" == f"--workdir={tmp_path}/7/x"
+
+
 def test_the_same_declaration_has_the_same_fingerprint():
     units = work_units(["a", "b"])
     same = prepare.fingerprint(units, "f.py", "local")
