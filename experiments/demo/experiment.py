@@ -84,7 +84,7 @@ def fit(experiment: Path) -> None:
 
 def forecast(experiment: Path) -> None:
     """The section of the experiment's report that compares the forecast with the main run."""
-    section = ladder.section(experiment / MAIN, experiment)
+    section = ladder.section(experiment / MAIN, experiment, plots=False)
     (experiment / SECTIONS).mkdir(exist_ok=True)
     write_text(experiment / SECTIONS / f"{section.title}.html", section.html)
 

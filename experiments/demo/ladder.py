@@ -185,7 +185,7 @@ def plan(rows: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def section(workdir: Path, ladder: Path | None = None) -> Section:
+def section(workdir: Path, ladder: Path | None = None, plots: bool = True) -> Section:
     """The forecast beside the outcome, and the ladder's plots, for the run's report.
 
     `ladder` is the directory of the ladder's runs and plan, by default that in `workdir`.
@@ -210,7 +210,8 @@ def section(workdir: Path, ladder: Path | None = None) -> Section:
         f"nearest of {len(MAIN_SIZES)} shapes, on {MAIN_TOKENS[0]:,} to {MAIN_TOKENS[1]:,} "
         "tokens.</p>"
     )
-    parts.append(plots_html("ladder", isoflop_plots(fit_rows(rows))))
+    if plots:
+        parts.append(plots_html("ladder", isoflop_plots(fit_rows(rows))))
     return Section("Scaling laws", "".join(parts))
 
 
