@@ -64,12 +64,14 @@ def with_recall(mix: dict[str, float], share: float) -> dict[str, float]:
 
 
 def get_config(argument: str = "runs/demo"):
-    """`argument` is the directory, and `,without_recall` to see the gate stop the run."""
+    """`argument`: directory of the corpora; then `,without_recall` to see the gate stop the run, or
+    `,FILE.json` for another ladder's plan."""
     directory, _, option = argument.partition(",")
-    if option not in ("", "without_recall"):
-        raise ValueError(f"{option!r} is no option: without_recall")
-    recall_first, recall_share = (0.0, 0.0) if option else (RECALL_FIRST, RECALL)
-    plan = Path(directory) / "ladder" / "plan.json"
+    if option and option != "without_recall" and not option.endswith(".json"):
+        raise ValueError(f"{option!r} is neither without_recall nor a plan's .json file")
+    without = option == "without_recall"
+    recall_first, recall_share = (0.0, 0.0) if without else (RECALL_FIRST, RECALL)
+    plan = Path(option if option.endswith(".json") else f"{directory}/ladder/plan.json")
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
     # The key-value documents come on top of the tokens that the ladder foresaw.
     tokens = round(chosen.get("tokens", TOKENS) / (1 - RECALL))

@@ -1,7 +1,7 @@
 """A config with everything that can be checked before compiling."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,10 +28,11 @@ class Run:
     validation: dict[str, Corpus]
     batches: Batches
     suite: Suite | None
+    left_out: Mapping[int, Sequence[int]]
 
 
-def prepare(config: RunConfig) -> Run:
-    """Opens the data and lays out the timeline.
+def prepare(config: RunConfig, left_out: Mapping[int, Sequence[int]] | None = None) -> Run:
+    """Opens the data and lays out the timeline; `left_out` are batches of stages, by number.
 
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
@@ -62,8 +63,9 @@ def prepare(config: RunConfig) -> Run:
         suite = Suite(config.evaluation, validation, first.tokenizer())
         if config.evaluation.needle:
             suite.check_lengths({*gate_lengths(timeline), *needle_lengths(config, timeline)})
-    batches = _batches(config, timeline, corpora)
-    return Run(config, timeline, corpora, validation, batches, suite)
+    left_out = left_out or {}
+    batches = _batches(config, timeline, corpora, left_out)
+    return Run(config, timeline, corpora, validation, batches, suite, left_out)
 
 
 def lay_out(config: RunConfig) -> Timeline:
@@ -88,12 +90,26 @@ def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
     """Puts into the run the timeline, and so the batches, that its gates' verdicts make."""
     config = run.config
     run.timeline = Timeline(config.stages, config.model.rope, config.mesh, verdicts)
-    run.batches = _batches(config, run.timeline, run.corpora)
+    run.batches = _batches(config, run.timeline, run.corpora, run.left_out)
     return run.timeline
 
 
-def _batches(config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus]) -> Batches:
-    shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
+def leave_out(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
+    """The same run without some batches, by stage: those after them move up."""
+    batches = _batches(run.config, run.timeline, run.corpora, left_out)
+    return dataclasses.replace(run, batches=batches, left_out=left_out)
+
+
+def _batches(
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    left_out: Mapping[int, Sequence[int]],
+) -> Batches:
+    shapes = [
+        StageShape(s.steps, s.batch_rows, s.length, s.mix, tuple(sorted(left_out.get(number, ()))))
+        for number, s in enumerate(timeline.stages)
+    ]
     return Batches(corpora, shapes, config.seed, config.data.packing)
 
 

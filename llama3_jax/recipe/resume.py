@@ -1,6 +1,7 @@
 """What a checkpoint says of its run, and whether a config goes on with the same one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama3_jax.training.checkpoint import (
     DamagedCheckpoint,
     model_metadata,
 )
+from llama3_jax.training.events import EVENTS_FILE
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
@@ -24,14 +26,18 @@ _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
 
 
 def run_metadata(
-    config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus], step: int, bad_steps: int
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    step: int,
+    incidents: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metadata of the checkpoint after `step` steps."""
+    """Metadata of the checkpoint after `step` steps; `incidents` is what `Incidents.state` says."""
     tokenizer = next(iter(corpora.values())).info.tokenizer
     return model_metadata(config.model, tokenizer) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
-        "bad_steps": bad_steps,
+        **(incidents or {}),
         "seed": config.seed,
         "packing": config.data.packing,
         "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -114,6 +120,13 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name, fingerprint in now["corpora"].items():
         where = f"the corpus of config.data.sources.{name}.train"
         compare(where, saved["corpora"][name], fingerprint, " (fingerprints)")
+    for stage, numbers in saved.get("left_out", {}).items():
+        if gone := set(numbers) - set(now.get("left_out", {}).get(stage, ())):
+            raise UserError(
+                f"the checkpoint of step {saved['step']} was made without batches {sorted(gone)} of "
+                f"stage {stage}, but {EVENTS_FILE} does not name them: restore the file or choose "
+                "another --workdir"
+            )
     for number, before in enumerate(saved["stages"]):
         if before["first_step"] > saved["step"]:
             break
