@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -50,6 +49,8 @@ def _choose_platform() -> None:
     """The CPU where there is no NVIDIA driver: JAX's GPU plugin would say so at length first."""
     driver = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
     if "JAX_PLATFORMS" not in os.environ and not driver and importlib.util.find_spec("jax_plugins"):
+        import jax  # seconds, for doors that need none of it
+
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -85,21 +86,39 @@ def require_config(config: ml_collections.ConfigDict | None) -> ml_collections.C
     return config
 
 
+def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """What a door would get of `--config=FILE` and its overrides.
+
+    Raises:
+      UserError: the file or an override is wrong, in the door's words.
+    """
+    values, argv = flags.FlagValues(), ["", *arguments]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except Exception as error:
+        raise UserError(_flag_error(argv, error)) from None
+    return require_config(holder.value)
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
-    except (flags.Error, UserError) as error:
-        sys.exit(fail(str(error)))
-    except Exception as error:  # whatever the config file itself raises
-        given = [argument for argument in argv if argument.startswith("--config")]
-        if isinstance(error, AttributeError | KeyError):  # raised by an override
-            words = re.findall(r"\w+", str(error).replace("\\n", " "))
-            given = [
-                argument for argument in given if words and f".{words[0]}" in argument
-            ] or given
-            near = f"; nearest valid key: {words[4]}" if words[1:3] == ["Did", "you"] else ""
-            sys.exit(fail(f"{given[0]}: the config has no such key{near}"))
-        sys.exit(fail(f"{given[0]}: {type(error).__name__}: {error}"))
+    except Exception as error:
+        sys.exit(fail(_flag_error(argv, error)))
+
+
+def _flag_error(argv: Sequence[str], error: Exception) -> str:
+    if isinstance(error, flags.Error | UserError):
+        return str(error)
+    # Whatever the config file itself raises.
+    given = [argument for argument in argv if argument.startswith("--config")]
+    if isinstance(error, AttributeError | KeyError):  # raised by an override
+        words = re.findall(r"\w+", str(error).replace("\\n", " "))
+        given = [argument for argument in given if words and f".{words[0]}" in argument] or given
+        near = f"; nearest valid key: {words[4]}" if words[1:3] == ["Did", "you"] else ""
+        return f"{given[0]}: the config has no such key{near}"
+    return f"{given[0]}: {type(error).__name__}: {error}"
 
 
 def fail(message: Any) -> int:

@@ -2,13 +2,18 @@
 
     python -m llama3_jax.convert --from=Meta-Llama-3-8B --to=models/llama3_8b
     python -m llama3_jax.convert --from=runs/demo --to=exported/demo --dtype=bfloat16
+    python -m llama3_jax.convert average --from=runs/a/checkpoints/100 --from=runs/a/checkpoints/200 \\
+        --weights=1,2 --to=models/averaged
 
 --from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
 folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
 Hugging Face directory, with --max_length as the longest text it says it was trained for, and with
 the tokenizer of the run as tokenizer.json.
+
+`average` writes the mean of several models, in float32, as a model folder: equal parts, or --weights.
 """
 
+import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +23,7 @@ from llama3_jax import cli
 from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
+from llama3_jax.training.averaging import average_models
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model, save_model
 
 FLAGS = flags.FLAGS
@@ -46,8 +52,7 @@ def convert(
     Raises:
       UserError: `source` is neither, `target` is taken, or an option that this way does not use.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to={target} exists and is not an empty directory; name a new one")
+    _check_free(target)
     if (source / CHECKPOINTS).is_dir() or (source / "params").is_dir():
         loaded = load_model(source)
         tokenizer = _tokenizer(source, loaded)
@@ -74,6 +79,34 @@ def convert(
     print(f"wrote {config.parameter_count():,} parameters to {target} ({kind})")
 
 
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to={target} exists and is not an empty directory; name a new one")
+
+
+def define_average_flags() -> None:
+    flags.DEFINE_multi_string("from", None, "A checkpoint, run or model folder.", required=True)
+    flags.DEFINE_string("to", None, "Folder to write: absent or empty.", required=True)
+    flags.DEFINE_list("weights", None, "A number for each --from; equal parts by default.")
+
+
+def average(_) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    sources, target = list(map(Path, FLAGS["from"].value)), Path(FLAGS.to)
+    try:
+        weights = FLAGS.weights and [float(weight) for weight in FLAGS.weights]
+    except ValueError:
+        raise UserError(f"--weights={','.join(FLAGS.weights)}: should be numbers") from None
+    _check_free(target)
+    made = average_models(sources, weights)
+    save_model(target, made.config, made.params, made.tokenizer)
+    folder = tokenizers.find(sources[0])
+    if folder is not None and tokenizers.load(folder).fingerprint == made.tokenizer:
+        (target / "tokenizer").mkdir()
+        tokenizers.load(folder).save(target / "tokenizer")
+    print(f"wrote the mean of {len(sources)} models to {target} (model folder, float32)")
+
+
 def _tokenizer(source: Path, loaded: LoadedModel) -> tokenizers.Tokenizer | None:
     """The tokenizer in the run's folder, if the model is its."""
     folder = tokenizers.find(source)
@@ -83,6 +116,15 @@ def _tokenizer(source: Path, loaded: LoadedModel) -> tokenizers.Tokenizer | None
     return tokenizer if loaded.tokenizer == tokenizer.fingerprint else None
 
 
+def run(argv: list[str]) -> None:
+    """Runs `average` where it stands first in `argv`, else the conversion."""
+    if argv[1:2] == ["average"]:
+        define_average_flags()
+        cli.run(average, [argv[0], *argv[2:]])
+    else:
+        define_flags()
+        cli.run(main, argv)
+
+
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    run(sys.argv)

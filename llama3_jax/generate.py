@@ -3,8 +3,8 @@
     python -m llama3_jax.generate --model=runs/demo --prompt='To be' --prompt='def main' \\
         --max_new_tokens=100 --temperature=0.8 --top_p=0.95
 
---model is a run's workdir (its newest checkpoint), one checkpoint, or converted weights; the last
-needs --tokenizer.
+--model is a run's workdir (its newest checkpoint), one checkpoint, converted weights, or a Hugging
+Face directory; where no tokenizer lies beside it, give one by --tokenizer.
 """
 
 from pathlib import Path
@@ -12,16 +12,17 @@ from pathlib import Path
 from absl import flags
 
 from llama3_jax import cli
-from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.errors import UserError
 from llama3_jax.model.decoding import generate
-from llama3_jax.training.checkpoint import load_model
+from llama3_jax.training.loading import load_with_tokenizer
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("model", None, "Run, checkpoint or model folder.", required=True)
+    flags.DEFINE_string(
+        "model", None, "Run, checkpoint, model folder or Hugging Face weights.", required=True
+    )
     flags.DEFINE_string("tokenizer", None, "A .tiktoken file or folder; default: the run's.")
     flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to add at most.", lower_bound=1)
@@ -33,21 +34,7 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.prompt:
         raise UserError("--prompt is required: the text to continue")
-    path = Path(FLAGS.model)
-    loaded = load_model(path)
-    folder = FLAGS.tokenizer or tokenizers.find(path)
-    if folder is None:
-        raise UserError(f"{path}: no tokenizer folder beside the model; give one by --tokenizer")
-    tokenizer = tokenizers.load(folder)
-    if loaded.tokenizer not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"the model was trained with tokenizer {loaded.tokenizer}, this one is "
-            f"{tokenizer.fingerprint}: give the right one by --tokenizer"
-        )
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {loaded.config.vocab_size}"
-        )
+    loaded, tokenizer = load_with_tokenizer(Path(FLAGS.model), FLAGS.tokenizer)
     continuations = generate(
         loaded.config,
         loaded.params,

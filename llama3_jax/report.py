@@ -13,8 +13,7 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.reporting import tokenizers
-from llama3_jax.reporting.page import write_report
+from llama3_jax.reporting.run import write_run_report
 
 FLAGS = flags.FLAGS
 
@@ -26,8 +25,7 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory of a run")
-    workdir = Path(FLAGS.workdir)
-    path = write_report(workdir, tokenizers.sections(workdir))
+    path = write_run_report(Path(FLAGS.workdir))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

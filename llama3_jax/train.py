@@ -4,13 +4,15 @@
     python -m llama3_jax.train --config=… --workdir=… --config.model.layers=8    # another value
     python -m llama3_jax.train --config=… --check                    # print the timeline and stop
     python -m llama3_jax.train --config=… --documents_of_step=120     # what made that batch
+    python -m llama3_jax.train --config=… --workdir=… --replay_event=0    # a spike once more
     srun python -m llama3_jax.train --config=… --workdir=…           # a process a task
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
 and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one process's signal
-stops all. When a process is lost the others exit with code 3.
+stops all. When a process is lost the others exit with code 3; a hang ends all with code 4.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -24,28 +26,49 @@ from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.kernels import dispatch
+from llama3_jax.model.transformer import Params
 from llama3_jax.parallel import processes
-from llama3_jax.parallel.mesh import make_mesh
+from llama3_jax.parallel.liveness import Watch
+from llama3_jax.parallel.mesh import Layout, make_mesh
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.planning.check import check_run
+from llama3_jax.planning.constants import load_constants
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.gate import GateLog, Gates
+from llama3_jax.recipe.incidents import Incidents
+from llama3_jax.recipe.measure import averaged_now, evaluate, evaluation_due, scorer, start_average
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
-from llama3_jax.recipe.prepare import Run, context_balances, prepare, print_timeline
+from llama3_jax.recipe.prepare import Run, context_balances, follow, leave_out, prepare
+from llama3_jax.recipe.replay import replay
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
-from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, restore_newest, state_bytes
+from llama3_jax.training import sinks
+from llama3_jax.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    restore_newest,
+    save_model,
+    state_bytes,
+)
+from llama3_jax.training.events import Events
+from llama3_jax.training.goodput import GOODPUT_FILE, Ledger
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
+from llama3_jax.training.sinks import Sink
 from llama3_jax.training.step import (
     TrainState,
     abstract_canonical,
     compile_step,
     from_canonical,
     init_state,
+    params_from_canonical,
     to_canonical,
 )
+from llama3_jax.training.watchdog import Watchdog
 
 FLAGS = flags.FLAGS
+AVERAGED = "averaged"
 
 
 def define_flags() -> None:
@@ -54,28 +77,56 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
     flags.DEFINE_bool("check", False, "Validate the config, print its timeline, and stop.")
     flags.DEFINE_integer("documents_of_step", None, "Print the documents of a step, and stop.")
+    flags.DEFINE_integer(
+        "replay_event", None, "Compute the step of this event of --workdir again, and stop."
+    )
 
 
 def main(_) -> int:
     config = parse(RunConfig, cli.require_config(FLAGS.config))
     if FLAGS.check:
-        print_timeline(prepare(config))
+        check_run(config, load_constants())
         return 0
     if FLAGS.documents_of_step is not None:
-        for entry in prepare(config).batches.documents(FLAGS.documents_of_step):
+        events = Events(Path(FLAGS.workdir), writes=False) if FLAGS.workdir else None
+        run = prepare(config, events and events.left_out())
+        for entry in run.batches.documents(FLAGS.documents_of_step):
             print(json.dumps(entry._asdict(), ensure_ascii=False))
         return 0
     if not FLAGS.workdir:
         raise UserError("--workdir is required: where checkpoints and metrics go")
-    with processes.joined(processes.from_flags()):
-        return train(prepare(config), Path(FLAGS.workdir))
+    if FLAGS.replay_event is not None:
+        print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
+        return 0
+    with processes.joined(processes.from_flags()) as watch:
+        return train(prepare(config), Path(FLAGS.workdir), watch)
 
 
-def train(run: Run, workdir: Path) -> int:
+def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
+    writes = processes.is_first()
+    ledger = Ledger(workdir / GOODPUT_FILE if writes else None)
+    watchdog = Watchdog(run.config.watchdog, ledger, workdir, jax.process_index(), watch)
+    events, stop = Events(workdir, writes), StopSignal()
+    watchdog.start()
+    code = None
+    try:
+        while code is None:
+            # A rewind is a resume: from an earlier checkpoint, without the batches of its event.
+            code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+    finally:
+        watchdog.close()
+    return code
+
+
+def train_on(
+    run: Run, workdir: Path, events: Events, stop: "StopSignal", ledger: Ledger
+) -> int | None:
+    """As `train`, from the newest checkpoint; None after a rewind, which made an older one so."""
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
     dispatch.check(model.kernels(), jax.default_backend())
+    sinks.check(config.sinks)
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
@@ -85,21 +136,29 @@ def train(run: Run, workdir: Path) -> int:
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
+    gate_log, so_far = GateLog(workdir), Incidents(run, events).state()
+
+    def check(saved: dict) -> None:
+        gate_log.back_to(saved["step"], saved.get("gates", ()))
+        timeline = follow(run, gate_log.verdicts)
+        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], so_far))
+
     restored = restore_newest(
-        checkpoints,
-        lambda step: abstract[timeline.stage_index(step)],
-        lambda saved: check_same_run(
-            saved, run_metadata(config, timeline, run.corpora, saved["step"], 0)
-        ),
+        checkpoints, lambda step: abstract[run.timeline.stage_index(step)], check
     )
+    average = None
     if restored:
-        step, bad_steps = restored.step, restored.metadata["bad_steps"]
+        timeline = run.timeline
+        step, saved = restored.step, restored.metadata
         layout = layouts[timeline.stage_index(step)]
         state = TrainState(restored.params, restored.optimizer)
         state = from_canonical(state, model, optimizer, layout)
+        if restored.average is not None:
+            average = params_from_canonical(restored.average, model, layout)
         del restored  # or its arrays would stay as long as the run
     else:
-        step, bad_steps, layout = 0, 0, layouts[0]
+        step, saved, layout = 0, {}, layouts[0]
+        gate_log.back_to(0, ())
         if config.init_from:
             state = TrainState(*start_state(config, run.corpora, abstract[0]))
             state = from_canonical(state, model, optimizer, layout)
@@ -113,7 +172,11 @@ def train(run: Run, workdir: Path) -> int:
         tokenizer.save(workdir / "tokenizer")
 
     # ---- log
-    metrics = MetricsWriter(workdir, step) if writes else NoMetrics()
+    if writes:
+        saved = json.loads(config.model_dump_json())
+        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, saved) for s in config.sinks])
+    else:
+        metrics = NoMetrics()
     progress = RunProgress(
         timeline.tokens, timeline.consumed(step), config.log_every, quiet=not writes
     )
@@ -128,27 +191,60 @@ def train(run: Run, workdir: Path) -> int:
     progress.say(f"kernels: {dispatch.describe(model.kernels())}")
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
-    log = StepLog(run, metrics, progress, peak * jax.device_count(), bad_steps)
+    incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
+    if step < timeline.steps:  # else the job ended earlier
+        ledger.begin(step)
+    log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
+    gates = Gates(gate_log, run.suite, progress.say)
+    average = start_average(run, step, average)
 
     # ---- the loop: stage after stage, step after step
-    stop = StopSignal(processes.SharedNumber())
+    stop.listen()
 
     def save() -> None:
-        log.flush()
+        if incidents.rewind_from:
+            return
         metrics.sync()
-        metadata = run_metadata(config, timeline, run.corpora, step, log.bad_steps)
+        ledger.mark(step)
+        metadata = run_metadata(config, timeline, run.corpora, step, incidents.state())
+        metadata["gates"] = gate_log.verdict_records
         canonical = to_canonical(state, model, layout)
-        checkpoints.save(step, canonical.params, canonical.optimizer, metadata)
+        averaged = average and average.params and to_canonical(average.params, model, layout)
+        checkpoints.save(step, canonical.params, canonical.optimizer, metadata, averaged)
+
+    def lie_on(new: Layout) -> None:
+        nonlocal state, layout
+        if new != layout:
+            canonical, layout = to_canonical(state, model, layout), new
+            state = from_canonical(canonical, model, optimizer, layout)
+
+    def interrupted() -> bool:
+        stop.agree()
+        return stop.agreed
 
     try:
-        while step < timeline.steps and not stop.agreed:
+        while (step < timeline.steps or gates.due(timeline, step)) and not (
+            stop.agreed or incidents.rewind_from
+        ):
+            ledger.enter("setup")
+            if gates.due(timeline, step):  # asked on the mesh of the stage that has ended
+                index = timeline.stage_index(step - 1)
+                lie_on(layouts[index])
+                with ledger.booking("checkpoint"):
+                    save()
+                stage_model = model.model_copy(update={"rope": timeline.stages[index].rope})
+                with ledger.booking("evaluation"):
+                    model_on_mesh = scorer(run, stage_model, state.params, layout)
+                    gates.run(timeline, step, model_on_mesh, interrupted)
+                    del model_on_mesh
+                timeline = follow(run, gate_log.verdicts)
+                progress.set_total(timeline.tokens)
+                log.restart_clock()
+                continue
             index = timeline.stage_index(step)
             stage = timeline.stages[index]
             stage_model = model.model_copy(update={"rope": stage.rope})
-            if layouts[index] != layout:
-                state = to_canonical(state, model, layout)
-                layout = layouts[index]
-                state = from_canonical(state, model, optimizer, layout)
+            lie_on(layouts[index])
             step_function = compile_step(
                 stage_model, optimizer, layout, stage.micro_batches, len(run.batches.sources)
             )
@@ -160,40 +256,81 @@ def train(run: Run, workdir: Path) -> int:
                 hosts=hosts,
                 workers=config.data.workers,
             )
-            for batch in loader:
+            for batch in ledger.fetched(loader):
                 rate = np.float32(timeline.step_learning_rate(step))
-                state, step_metrics = step_function(state, put_batch(batch, layout), rate)
+                with ledger.calling(step_function, stage.length, stage.batch_rows):
+                    state, step_metrics = step_function(
+                        state, put_batch(batch, layout), rate, incidents.limits(step)
+                    )
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
+                if averaged_now(run, step):
+                    average.add(state.params)
                 stop.agree()
+                ledger.stepped(step)
                 if due(config, timeline, step):
                     log.flush()
-                    validate(run, stage_model, layout, stage, state.params, step, metrics, progress)
-                    params = to_canonical(state.params, model, layout)
-                    write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
-                    del params
+                    with ledger.booking("evaluation"):
+                        validate(
+                            run, stage_model, layout, stage, state.params, step, metrics, progress
+                        )
+                        params = to_canonical(state.params, model, layout)
+                        write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
+                        del params
+                    log.restart_clock()
+                if evaluation_due(run, step):
+                    log.flush()
+                    scored = {"last": state.params}
+                    if step == timeline.steps and average:
+                        scored[AVERAGED] = average.params
+                    with ledger.booking("evaluation"):
+                        for name, params in scored.items():
+                            model_on_mesh = scorer(run, stage_model, params, layout)
+                            evaluate(run, model_on_mesh, name, step, metrics, progress)
+                    del scored, params, model_on_mesh
                     log.restart_clock()
                 if step % policy.every_steps == 0 or step == timeline.steps:
-                    save()
-                if stop.agreed:
+                    log.flush()
+                    with ledger.booking("checkpoint"):
+                        save()
+                if stop.agreed or incidents.rewind_from:
                     break
-        save()
         log.flush()
-        checkpoints.close()
+        with ledger.booking("checkpoint"):
+            save()
+            checkpoints.close()
+            if step == timeline.steps and average and not (stop.agreed or incidents.rewind_from):
+                export_average(workdir, run, to_canonical(average.params, model, layout), step)
+        if incidents.rewind_from:
+            target = incidents.rewind(checkpoints)
+            progress.say(f"rewound to the checkpoint of step {target}")
     except Exception as error:
         if cli.is_disk_full(error):
             raise UserError(f"no space left on the disk that holds {workdir}") from error
         raise
     finally:
         progress.close()
-        metrics.close()
-    if step < timeline.steps:
+        with contextlib.suppress(OSError):  # a full disk is told of already
+            metrics.close()
+            ledger.write()
+    if incidents.rewind_from and not stop.agreed:
+        return None
+    unfinished = step < timeline.steps or gates.due(timeline, step) or incidents.rewind_from
+    if stop.agreed and unfinished:
         progress.say(
             f"{stop.name} after step {step}: state saved; the same command goes on from here"
         )
         return stop.exit_code
     progress.say(f"finished: {step} steps, {timeline.consumed(step):,} tokens in {workdir}")
     return 0
+
+
+def export_average(workdir: Path, run: Run, params: Params, step: int) -> None:
+    """Writes the averaged parameters as a model folder, once."""
+    if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
+        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step)["tokenizer"]
+        model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
+        save_model(workdir / AVERAGED, model, params, tokenizer)
 
 
 def check_space(workdir: Path, abstract: TrainState, config: RunConfig) -> None:
@@ -221,10 +358,14 @@ class StopSignal:
 
     EXIT_CODES = {signal.SIGINT: cli.EXIT_INTERRUPTED, signal.SIGTERM: cli.EXIT_REQUEUE}
 
-    def __init__(self, shared: processes.SharedNumber) -> None:
+    def __init__(self) -> None:
         self.agreed, self.name, self.exit_code = False, "", 0
-        self._shared, self._received = shared, 0
-        for number in self.EXIT_CODES:
+        self._received = 0
+
+    def listen(self) -> None:
+        """Takes signals from now on; before, they end the process."""
+        self._shared = processes.SharedNumber()
+        for number in self.EXIT_CODES if not self._received else ():
             signal.signal(number, self._receive)
 
     def agree(self) -> None:

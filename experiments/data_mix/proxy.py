@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llama3_jax.curation.mix import DEFAULT_MIX
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.recipe.config import run_config
 
-DEFAULT_MIX = {"general": 0.50, "math": 0.25, "code": 0.17, "multilingual": 0.08}
 # Weight of a class against its share of the source's corpus.
 CLASS_FACTORS = {"arts": 0.5, "entertainment": 0.5}
 # Dirichlet draws around the default: the larger, the nearer to it.

@@ -66,20 +66,23 @@ def run_ladder(result: Path, say) -> None:
             label = f"{layers}x{dim} {budget:.2g}"
             if label in done:
                 continue
-            params = matmul_parameters(parse(RunConfig, _config(result, layers, dim, 1)).model)
-            steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
-            run = prepare(parse(RunConfig, _config(result, layers, dim, steps)))
-            loss = _train(run)
+            run = prepare(parse(RunConfig, config(str(result.parent), layers, dim, budget)))
+            params = matmul_parameters(run.config.model)
+            loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
             say(f"{label} FLOPs: {params:,} parameters, {run.timeline.tokens:,} tokens, "
                 f"held-out loss {loss:.4f}")  # fmt: skip
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
+            write_rows(path, rows)
     write_json(result / PLAN_FILE, plan(rows))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _read(path: Path) -> list[dict]:
@@ -90,16 +93,24 @@ def _read(path: Path) -> list[dict]:
     return [{**row, **{key: float(row[key]) for key in COLUMNS[:-1]}} for row in rows]
 
 
-def _config(result: Path, layers: int, dim: int, steps: int):
+def config(directory: str, layers: int, dim: int, budget: float):
+    """A run of the ladder, on the corpora in `directory`."""
+    params = matmul_parameters(main_shape(layers, dim))
+    steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
+    return small_run(directory, layers, dim, steps)
+
+
+def small_run(directory: str, layers: int, dim: int, steps: int, mix: dict[str, float] = MIX):
+    """A run of seconds on the demo's text."""
     tokens = steps * BATCH_TOKENS
     return run_config(
         seed=0,
         model=model_config(layers, dim),
-        data=dict(sources=corpora(str(result.parent)), packing="best_fit"),
+        data=dict(sources=corpora(directory), packing="best_fit"),
         stages=[
             dict(
                 name="ladder", tokens=tokens, length=LADDER_LENGTH, batch_tokens=BATCH_TOKENS,
-                mix=MIX,
+                mix=mix,
                 lr=dict(shape="linear", peak=5e-3 * (128 / dim) ** 0.5, end=0.0,
                         warmup_tokens=tokens // 10),
             )
@@ -109,8 +120,8 @@ def _config(result: Path, layers: int, dim: int, steps: int):
     )  # fmt: skip
 
 
-def _train(run: Run) -> float:
-    """Trains one run and returns its held-out loss: nothing of it needs to be kept."""
+def train_small(run: Run) -> dict[str, float]:
+    """Trains a run of one stage; its held-out loss by source. Nothing of it needs to be kept."""
     config, stage = run.config, run.timeline.stages[0]
     layout = make_mesh(stage.mesh)
     state = init_state(config.model, config.optimizer, layout, config.seed)
@@ -126,8 +137,8 @@ def _train(run: Run) -> float:
         sums = np.zeros(2)
         for batch in validation_batches(corpus, VALIDATION_LENGTH, 16, VALIDATION_TOKENS):
             sums += [float(v) for v in evaluate(state.params, put_batch(batch, layout))]
-        losses[name] = sums[0] / sums[1]
-    return mixed(losses)
+        losses[name] = float(sums[0] / sums[1])
+    return losses
 
 
 def mixed(losses: dict[str, float]) -> float:
@@ -174,10 +185,14 @@ def plan(rows: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def section(workdir: Path) -> Section:
-    """The forecast beside the outcome, and the ladder's plots, for the run's report."""
-    rows = _read(workdir / "ladder" / RUNS_FILE)
-    made = json.loads((workdir / "ladder" / PLAN_FILE).read_text())
+def section(workdir: Path, ladder: Path | None = None) -> Section:
+    """The forecast beside the outcome, and the ladder's plots, for the run's report.
+
+    `ladder` is the directory of the ladder's runs and plan, by default that in `workdir`.
+    """
+    ladder = ladder or workdir / "ladder"
+    rows = _read(ladder / RUNS_FILE)
+    made = json.loads((ladder / PLAN_FILE).read_text())
     final = [r for r in read_metrics(workdir) if r["kind"] == "validation"][-1]
     outcome = mixed(final["losses"])
     parts = []

@@ -20,19 +20,21 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo import corpus, ladder
+from experiments.demo import cloze, corpus, ladder, recall
 from experiments.demo.train import SOURCES, VOCAB_SIZE
-from llama3_jax import cli, report
+from llama3_jax import cli
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
 from llama3_jax.reporting import tokenizers
+from llama3_jax.reporting.run import write_run_report
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
 SPECIALS = 16
 BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
+RECALL_DOCUMENTS, QUESTIONS = 6_000, 20
 BASELINES_FILE = "baselines.json"
 CONFIG = Path(__file__).with_name("train.py")
 
@@ -42,6 +44,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
+    flags.DEFINE_bool("prepare", False, "Make the corpora, and stop before any training.")
 
 
 def main(_) -> int:
@@ -51,12 +54,16 @@ def main(_) -> int:
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
+    part("make documents that ask for what they said", workdir / "tokens" / "recall", make_recall)
+    part("make questions of held-out text", workdir / "cloze.jsonl", make_questions)
+    if FLAGS.prepare:
+        return 0
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
     part("train a ladder of small models, fit scaling laws", workdir / "ladder", climb)
     console.rule("train", align="left")
     if code := train(workdir):
         return code
-    report.write_report(workdir, [ladder.section(workdir), *tokenizers.sections(workdir)])
+    write_run_report(workdir, [ladder.section(workdir)])
     summarise(workdir)
     return 0
 
@@ -120,6 +127,22 @@ def tokenize(result: Path) -> None:
         console.print(f"{source}: {each}")
 
 
+def make_recall(result: Path) -> None:
+    """Key-value documents (experiments/demo/recall.py), tokenised."""
+    workdir = result.parent.parent
+    text = workdir / "corpus" / "recall.jsonl"
+    recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
+    options = tokenizing.Options(holdout=HOLDOUT)
+    infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)
+    console.print(f"{infos['train'].documents:,} documents, {infos['train'].tokens:,} tokens")
+
+
+def make_questions(result: Path) -> None:
+    """Which passage goes on? Asked of held-out text, by the gates and in the report."""
+    held_out = {name: result.parent / "tokens" / name / "validation" for name in SOURCES}
+    cloze.write(held_out, result, QUESTIONS)
+
+
 def count_baselines(result: Path) -> None:
     """Mean loss of n-gram models, trained on all sources, on each source's held-out documents."""
 
@@ -180,9 +203,15 @@ def summarise(workdir: Path) -> None:
     for column in ("source", *baselines, "this model", "bits per byte"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, loss in final["losses"].items():
+        if source not in SOURCES:
+            continue
         counted = [f"{baselines[name][source]:.3f}" for name in baselines]
         table.add_row(source, *counted, f"{loss:.3f}", f"{final['bits_per_byte'][source]:.3f}")
     console.print(table)
+    for record in records:
+        if record["kind"] == "evaluation" and "needle" in record:
+            found = f"{record['needle']['found']} of {record['needle']['asked']}"
+            console.print(f"needles found by the {record['model']} model: {found}")
     samples = [record for record in records if record["kind"] == "sample"][-1]["samples"]
     for sample in samples:
         console.print(f"[bold]{sample['prompt']!r}[/bold] goes on: {sample['text']!r}")

@@ -1,5 +1,7 @@
-"""Llama 3 405B in the three layouts of the paper's table 4 (section 3.3.2).
+"""Llama 3 405B: the whole timeline, and the three layouts of the paper's table 4 (section 3.3.2).
 
+    python -m llama3_jax.train --config=experiments/production/llama3_405b.py --check
+    srun python -m llama3_jax.train --config=experiments/production/llama3_405b.py --workdir=…
     python -m llama3_jax.plan --config=experiments/production/llama3_405b.py:8k_8192
     python -m llama3_jax.plan --config=experiments/production/llama3_405b.py:8k_16384
     python -m llama3_jax.plan --config=experiments/production/llama3_405b.py:128k_16384
@@ -7,10 +9,11 @@
 The paper gives ranks, batch and length. Eight virtual stages follow from its text: with 126 layers
 on 16 stages, a first chunk that holds only the embedding and a last one that holds only the head,
 a chunk is one layer. What is kept for the backward pass is ours: the results of products, for the
-paper used no activation checkpointing but released tensors by hand.
+paper used no activation checkpointing but released tensors by hand. So are the layouts between 8K
+and 128K: as many context ranks as keep a rank at 8,192 tokens or fewer.
 """
 
-from experiments.production.common import MIX, sources
+from experiments.production.common import MIX, evaluation, sources, three_stages
 from llama3_jax.model.config import preset
 from llama3_jax.recipe.config import run_config
 
@@ -21,18 +24,34 @@ ROWS = {
     "128k_16384": (8, 16, 131_072, 800_000_000_000),
 }
 BATCH_TOKENS = 16_777_216
+CONTEXT_RANKS = {
+    4_096: 1, 8_192: 1, 12_288: 2, 20_480: 4, 32_768: 4, 53_248: 8, 81_920: 16, 131_072: 16,
+}  # fmt: skip
 
 
-def get_config(row: str = "8k_16384"):
+def _mesh(data: int, context: int) -> dict:
+    return dict(data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8)
+
+
+def get_config(row: str = "timeline"):
+    model = preset("405B", attention="triton", loss="triton", remat="save_products").model_dump()
+    if row == "timeline":
+        meshes = {length: _mesh(128 // ranks, ranks) for length, ranks in CONTEXT_RANKS.items()}
+        return run_config(
+            model=model,
+            data=dict(sources=sources("corpora", "recent")),
+            stages=three_stages(8e-5, meshes),
+            checkpoint=dict(every_steps=500, keep_every=25_000),
+            validation=dict(every_tokens=100_000_000_000, tokens=4_194_304, length=8_192),
+            evaluation=evaluation("corpora"),
+        )
     if row not in ROWS:
-        raise ValueError(f"{row!r} is no row of table 4: {', '.join(ROWS)}")
+        raise ValueError(f"{row!r} is no row of table 4: {', '.join(ROWS)}; nor 'timeline'")
     data, context, length, tokens = ROWS[row]
     return run_config(
-        model=preset("405B", attention="triton", loss="triton", remat="save_products").model_dump(),
+        model=model,
         data=dict(sources=sources("corpora")),
-        mesh=dict(
-            data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8
-        ),
+        mesh=_mesh(data, context),
         stages=[
             dict(
                 name=row, tokens=tokens, length=length, batch_tokens=BATCH_TOKENS, mix=MIX,

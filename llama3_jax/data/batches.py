@@ -21,12 +21,25 @@ _BATCHES_AHEAD = 8
 
 
 class StageShape(NamedTuple):
-    """What the data need to know of a stage. `mix` maps sources to weights."""
+    """What the data need to know of a stage. `mix` maps sources to weights.
+
+    `left_out` are batches, by their number in the stage and in order, that no step reads: the
+    stage's data hold as many more.
+    """
 
     steps: int
     batch_rows: int
     length: int
     mix: dict[str, float]
+    left_out: tuple[int, ...] = ()
+
+    def batch(self, step: int) -> int:
+        """Which of the stage's batches its step `step` reads."""
+        for number in self.left_out:
+            if number > step:
+                break
+            step += 1
+        return step
 
 
 class LedgerEntry(NamedTuple):
@@ -67,7 +80,8 @@ class Batches:
                 name: PackedRows(self._streams[name], origins[name], stage.length, packing)
                 for name in mix.sources
             }
-            for name, count in mix.counts(stage.steps * stage.batch_rows).items():
+            batches = stage.steps + len(stage.left_out)
+            for name, count in mix.counts(batches * stage.batch_rows).items():
                 origins[name] = rows[name].end(count)
             self._mixes.append(mix)
             self._rows.append(rows)
@@ -110,7 +124,7 @@ class Batches:
             )
         stage = bisect.bisect_right(self._first_steps, step) - 1
         batch_rows = self.stages[stage].batch_rows
-        first = (step - self._first_steps[stage]) * batch_rows
+        first = self.stages[stage].batch(step - self._first_steps[stage]) * batch_rows
         entries = []
         for row in range(batch_rows):
             source, spans = self.spans(stage, first + row)
@@ -155,7 +169,8 @@ class _HostBatches(grain.sources.RandomAccessDataSource):
         return self._shape.steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        first = int(step) * self._shape.batch_rows + self._host * self._per_host
+        first = self._shape.batch(int(step)) * self._shape.batch_rows
+        first += self._host * self._per_host
         return self._batches.rows(self._stage, first, first + self._per_host)
 
     def __repr__(self) -> str:

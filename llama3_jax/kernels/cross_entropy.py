@@ -84,6 +84,57 @@ def chunked(hidden_NM, head_MV, targets_N, mask_N, vocabulary: Vocabulary = Whol
     return in_chunks(Plain(), hidden_NM, head_MV, targets_N, mask_N, vocabulary)
 
 
+def linear_scores(
+    hidden: Float[Array, "*positions M"],
+    head: Float[Array, "M V"],
+    targets: Int[Array, "*positions"],
+    mask: Bool[Array, "*positions"],
+    vocabulary: Vocabulary = Whole(),  # noqa: B008
+) -> tuple[Float[Array, "*positions"], Bool[Array, "*positions"]]:
+    """-log p(target) in nats, and whether the target is the likeliest token (of equals the first).
+
+    Logits as in `linear_cross_entropy`, a chunk of tokens at a time; 0 and False outside the mask,
+    at no cost. Has no gradient.
+    """
+    shape, V = targets.shape, head.shape[-1]
+    hidden_NM, targets_N, mask_N = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets.reshape(-1),
+        mask.reshape(-1),
+    )
+    N = len(targets_N)
+    C = max(min(CHUNK_BYTES // (4 * V), N), 1)
+    order_N = jnp.argsort(~mask_N, stable=True)
+    padded = jnp.pad(order_N, (0, -N % C)).reshape(-1, C)
+    counted = (jnp.arange(padded.size) < jnp.sum(mask_N)).reshape(-1, C)
+
+    def compute(h_CM, t_C):
+        logits_CV = linear(h_CM, head, jnp.float32)
+        losses_C = token_losses(logits_CV, t_C, vocabulary)
+        best_C = jnp.argmax(logits_CV, axis=-1)
+        value_C = jnp.take_along_axis(logits_CV, best_C[:, None], axis=-1)[:, 0]
+        best_C = best_C + vocabulary.vocabulary_offset(V)
+        ties = value_C == vocabulary.vocabulary_max(value_C)
+        last = jnp.iinfo(best_C.dtype).max
+        best_C = -vocabulary.vocabulary_max(jnp.where(ties, -best_C, -last))
+        return losses_C, best_C == t_C
+
+    def chunk(_, piece):
+        rows, counts = piece
+        losses, likeliest = jax.lax.cond(
+            jnp.any(counts),
+            compute,
+            lambda *_: (jnp.zeros(C, jnp.float32), jnp.zeros(C, bool)),
+            hidden_NM[rows],
+            targets_N[rows],
+        )
+        return None, (jnp.where(counts, losses, 0.0), likeliest & counts)
+
+    _, (losses, likeliest) = jax.lax.scan(chunk, None, (padded, counted))
+    place_N = jnp.argsort(order_N)
+    return tuple(x.reshape(-1)[:N][place_N].reshape(shape) for x in (losses, likeliest))
+
+
 # --------------------------------------------------------------------------------------- reference
 
 

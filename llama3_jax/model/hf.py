@@ -2,15 +2,12 @@
 
 Both directions go tensor by tensor: beside the model itself only the tensor at hand is in memory.
 A linear layer is stored as [out, in], ours are [in, out] with heads apart; RoPE is half-split on
-both sides, so no rows are permuted. File format: https://github.com/huggingface/safetensors
-(8 bytes of header length, a JSON header with each tensor's dtype, shape and bytes, raw data).
+both sides, so no rows are permuted.
 """
 
 import functools
-import json
 import math
 import operator
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +20,18 @@ import numpy as np
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.tensor_files import (
+    INDEX,
+    SINGLE,
+    Stored,
+    read_headers,
+    read_json,
+    write_tensors,
+)
 from llama3_jax.model.transformer import Params, abstract_params
 from llama3_jax.schema import parse
 
-_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER = 100_000_000  # the format's own limit
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_CONFIG = "config.json"
 
 # Keys of config.json -> ours.
 _SIZES = {
@@ -95,19 +97,6 @@ class _Tensor(NamedTuple):
         return array.reshape(math.prod(array.shape[: self.input_axes]), -1).T
 
 
-class _Stored(NamedTuple):
-    """Where the bytes of a tensor lie."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        count = math.prod(self.shape)
-        return np.fromfile(self.file, self.dtype, count, offset=self.offset).reshape(self.shape)
-
-
 def load(directory: Path, **overrides) -> tuple[ModelConfig, Params]:
     """Config and float32 parameters (numpy arrays) of a Hugging Face Llama 3 checkpoint.
 
@@ -120,7 +109,7 @@ def load(directory: Path, **overrides) -> tuple[ModelConfig, Params]:
     """
     directory = Path(directory)
     config = _read_config(directory / _CONFIG, overrides)
-    stored = _read_headers(directory)
+    stored = read_headers(directory)
     tensors = list(_tensors(config))
     _check(directory, config, tensors, stored)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract_params(config))
@@ -172,12 +161,12 @@ def save(
             temporary.mkdir()
             for number, shard in enumerate(shards, start=1):
                 file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-                file = _SINGLE if len(shards) == 1 else file
+                file = SINGLE if len(shards) == 1 else file
                 _write_shard(temporary / file, shard, params, dtype)
                 weight_map |= {tensor.name: file for tensor in shard}
             if len(shards) > 1:
                 metadata = {"total_size": total_bytes}
-                write_json(temporary / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+                write_json(temporary / INDEX, {"metadata": metadata, "weight_map": weight_map})
             write_json(temporary / _CONFIG, values)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -208,7 +197,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _read_config(path: Path, overrides: dict[str, Any]) -> ModelConfig:
-    values = {key: value for key, value in _read_json(path).items() if value is not None}
+    values = {key: value for key, value in read_json(path).items() if value is not None}
     if (found := values.get("architectures")) != ["LlamaForCausalLM"]:
         raise UserError(f"{path}: architectures is {found!r}; only ['LlamaForCausalLM'] works")
     for key, allowed in _FIXED_READ.items():
@@ -251,55 +240,8 @@ def _read_rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {"theta": theta, "scaling": {ours: rope[theirs] for theirs, ours in _SCALING.items()}}
 
 
-def _read_headers(directory: Path) -> dict[str, _Stored]:
-    """Every stored tensor by name, from the single file or from all shards of the index."""
-    if (directory / _SINGLE).is_file():
-        return _read_header(directory / _SINGLE)
-    if not (index := directory / _INDEX).is_file():
-        raise UserError(f"{directory}: has no {_SINGLE} and no {_INDEX}")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: weight_map must map tensor names to file names")
-    stored = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if not (directory / shard).is_file():
-            name = next(name for name, file in weight_map.items() if file == shard)
-            raise UserError(f"{directory / shard}: shard not found; it should hold {name}")
-        stored |= _read_header(directory / shard)
-    for name, shard in weight_map.items():
-        if name not in stored or stored[name].file.name != shard:
-            raise UserError(f"{directory / shard}: tensor {name} is missing")
-    return stored
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise UserError(f"{path}: header is truncated, or this is not a safetensors file")
-        header = file.read(length)
-    stored = {}
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            shape, kind = tuple(entry["shape"]), entry["dtype"]
-            if kind not in _DTYPES:
-                raise UserError(f"{path}: tensor {name} is {kind}; only {', '.join(_DTYPES)} work")
-            if end > size:
-                raise UserError(f"{path}: truncated at byte {size}; tensor {name} ends at {end}")
-            stored[name] = _Stored(path, np.dtype(_DTYPES[kind]), shape, begin)
-            if end - begin != math.prod(shape) * stored[name].dtype.itemsize:
-                raise UserError(f"{path}: tensor {name} of {shape} cannot have {end - begin} bytes")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: the header is not that of a safetensors file") from None
-    return stored
-
-
 def _check(
-    directory: Path, config: ModelConfig, tensors: list[_Tensor], stored: dict[str, _Stored]
+    directory: Path, config: ModelConfig, tensors: list[_Tensor], stored: dict[str, Stored]
 ) -> None:
     """Names and shapes on disk against those that the config asks for."""
     files = {str(entry.file) for entry in stored.values()}
@@ -319,20 +261,11 @@ def _check(
             raise UserError(f"{entry.file}: tensor {name} is unexpected in this Llama 3")
 
 
-def _check_tied(head: _Stored, embedding: np.ndarray) -> None:
+def _check_tied(head: Stored, embedding: np.ndarray) -> None:
     """Some writers store the tied head as well: it must be the embedding."""
     rows = zip(head.read(), embedding, strict=False)  # row by row: no second float32 copy
     if head.shape != embedding.shape or not all(np.array_equal(*pair) for pair in rows):
         raise UserError(f"{head.file}: tensor {_HEAD} is not the embedding, though tied to it")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: file not found")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON object: {error}") from None
 
 
 # ---- writing ----
@@ -352,23 +285,15 @@ def _split(tensors: Iterator[_Tensor], itemsize: int, shard_bytes: int) -> list[
 
 
 def _write_shard(path: Path, shard: list[_Tensor], params: Params, dtype: str) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    end = 0
-    for tensor in shard:
-        begin, end = end, end + math.prod(tensor.shape) * np.dtype(dtype).itemsize
-        place = {"shape": tensor.shape, "data_offsets": [begin, end]}
-        header[tensor.name] = {"dtype": _DTYPE_NAMES[dtype], **place}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # data begins at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in shard:
-            theirs = np.empty(tensor.shape, dtype)
-            _copy(theirs, tensor.in_their_layout(np.asarray(tensor.ours(params))))
-            theirs.tofile(file)
-            del theirs  # before the next one is made
-        file.flush()
-        os.fsync(file.fileno())
+    by_name = {tensor.name: tensor for tensor in shard}
+
+    def theirs(name: str) -> np.ndarray:
+        tensor = by_name[name]
+        array = np.empty(tensor.shape, dtype)
+        _copy(array, tensor.in_their_layout(np.asarray(tensor.ours(params))))
+        return array
+
+    write_tensors(path, {tensor.name: tensor.shape for tensor in shard}, theirs, dtype)
 
 
 def _config_values(

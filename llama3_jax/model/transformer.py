@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llama3_jax.kernels.attention import Places, make_spans
-from llama3_jax.kernels.cross_entropy import linear_cross_entropy
+from llama3_jax.kernels.cross_entropy import linear_cross_entropy, linear_scores
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
@@ -198,10 +198,26 @@ def head_losses(
 
     `params` hold final_norm, and head or (tied) embedding.
     """
-    norm = nnx.merge(*_abstract_norm(config, params["final_norm"]))
-    hidden = ranks.gather_sequence(norm(x))
-    head = params["embedding"].T if config.tied_head else params["head"]
+    hidden, head = _at_head(config, params, x, ranks)
     return linear_cross_entropy(hidden, head, targets, mask, config.loss, ranks)
+
+
+def head_scores(
+    config: ModelConfig,
+    params: Params,
+    x: Float[Array, "batch part dim"],
+    targets: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    ranks: Ranks = ALONE,
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    """Of each masked token its loss in nats, and whether it is the likeliest. See `head_losses`."""
+    return linear_scores(*_at_head(config, params, x, ranks), targets, mask, ranks)
+
+
+def _at_head(config: ModelConfig, params: Params, x: Array, ranks: Ranks) -> tuple[Array, Array]:
+    norm = nnx.merge(*_abstract_norm(config, params["final_norm"]))
+    head = params["embedding"].T if config.tied_head else params["head"]
+    return ranks.gather_sequence(norm(x)), head
 
 
 def project(

@@ -8,6 +8,7 @@ and does not see a process that stops by an error of its own.
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from jax._src import distributed  # the store has no public name
@@ -24,11 +26,14 @@ from jax._src import distributed  # the store has no public name
 from llama3_jax.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from llama3_jax.errors import UserError
 
-EXIT_LOST = 3
-_ALIVE, _NAME, _SEEN, _VERDICT = (f"llama3_jax/{key}" for key in ("alive", "name", "seen", "end"))
+EXIT_LOST, EXIT_HUNG = 3, 4
+_ALIVE, _NAME, _SEEN, _VERDICT, _AT = (
+    f"llama3_jax/{key}" for key in ("alive", "name", "seen", "end", "at")
+)
 # For so long must process 0 be out of reach to count as lost, where the connection is refused.
 # With `_beat`'s interval it is less than the delay of `_delay_aborts`.
 _REFUSED_SECONDS = 2.0
+Position = tuple[int, str, float]  # step, what goes on, seconds
 # What collectives and JAX's client say when a peer is gone, on CPUs and GPUs.
 _LOST_PEER = re.compile("gloo|nccl|connection|unavailable|deadline|barrier|coordination", re.I)
 
@@ -48,6 +53,10 @@ class Watch:
         )  # fmt: skip
         self._timeout, self._interval = timeout, min(2.0, timeout / 10)
         self._done, self._ending = threading.Event(), threading.Lock()
+        # What this process is at: step, what it does, for how many seconds; and what to do when one
+        # of them hangs. Training sets both.
+        self.position: Callable[[], Position] = lambda: (0, "", 0.0)
+        self.on_hang: Callable[[], object] = lambda: None
         me = f"process {self._process} ({socket.gethostname()}, pid {os.getpid()})"
         self._store.key_value_set(f"{_NAME}/{self._process}", me)
         self._first = self._store.blocking_key_value_get(f"{_NAME}/0", int(timeout * 1000))
@@ -79,6 +88,35 @@ class Watch:
         self._announce(f"process {self._process} stopped: {message}")
         self._exit(code)
 
+    def hang(self, message: str) -> None:
+        """Ends all processes because this one, or one that it waits for, hangs.
+
+        Returns only where another verdict is ending the process already.
+        """
+        with contextlib.suppress(Exception):
+            self._show_position()
+            before = dict(self._store.key_value_dir_get(_ALIVE))
+            time.sleep(3 * self._interval)
+            silent = {
+                key
+                for key, beat in self._store.key_value_dir_get(_ALIVE)
+                if before.get(key) == beat
+            }
+            positions = self._store.key_value_dir_get(_AT)
+            names = dict(self._store.key_value_dir_get(_NAME))
+            message += "; " + missing({
+                names[f"{_NAME}/{process}"]: (f"{_ALIVE}/{process}" not in silent, *json.loads(at))
+                for process, at in ((key.rsplit("/", 1)[1], at) for key, at in positions)
+            })  # fmt: skip
+        self._announce(message, EXIT_HUNG)
+        if self._ending.acquire(blocking=False):
+            _say(message if self._process == 0 else f"process {self._process}: {message}")
+            self._exit(EXIT_HUNG)
+
+    def _show_position(self) -> None:
+        at = json.dumps(self.position())
+        self._store.key_value_set(f"{_AT}/{self._process}", at, True)
+
     def _beat(self) -> None:
         """Shows a sign of life and reads those of others, until the run is over."""
         beats, lives = 0, {}
@@ -86,6 +124,7 @@ class Watch:
             beats += 1
             try:
                 self._store.key_value_set(f"{_ALIVE}/{self._process}", str(beats), True)
+                self._show_position()
                 if self._process == 0:
                     self._find_lost(lives)
                 verdict = self._store.key_value_dir_get(_VERDICT)
@@ -94,7 +133,8 @@ class Watch:
                 continue
             self._heard, self._refused = time.monotonic(), False
             if verdict:
-                self._end(verdict[0][1])
+                code, text = verdict[0][1].split(" ", 1)
+                self._end(text, int(code))
 
     def _find_lost(self, lives: dict[str, tuple[str, float]]) -> None:
         now, beats = time.monotonic(), dict(self._store.key_value_dir_get(_ALIVE))
@@ -114,15 +154,18 @@ class Watch:
             if time.monotonic() - self._heard > limit + self._interval:
                 self._end(f"{self._first} is lost: it does not answer", store_answers=False)
 
-    def _announce(self, verdict: str) -> None:
+    def _announce(self, verdict: str, code: int = EXIT_LOST) -> None:
         # It fails where there is a verdict, or no process 0: then _judge finds so.
         with contextlib.suppress(Exception):
-            self._store.key_value_set(f"{_VERDICT}/0", verdict)
+            self._store.key_value_set(f"{_VERDICT}/0", f"{code} {verdict}")
 
-    def _end(self, verdict: str, store_answers: bool = True) -> None:
+    def _end(self, verdict: str, code: int = EXIT_LOST, store_answers: bool = True) -> None:
         if self._ending.acquire(blocking=False) and not self._done.is_set():
+            if code == EXIT_HUNG:
+                with contextlib.suppress(OSError):
+                    self.on_hang()
             _say(f"{verdict}; the same command goes on from the newest checkpoint")
-            self._exit(EXIT_LOST, store_answers)
+            self._exit(code, store_answers)
 
     def _exit(self, code: int, store_answers: bool = True) -> NoReturn:
         for child in multiprocessing.active_children():
@@ -141,6 +184,27 @@ class Watch:
                 if len(self._store.key_value_dir_get(_SEEN)) == self._processes:
                     break
                 time.sleep(0.1)
+
+
+def missing(processes: dict[str, tuple[bool, int, str, float]]) -> str:
+    """Says whom the others wait for: of each process, whether it lives, and its position.
+
+    Those that show no sign of life; or else those at the least step, busy with something of their
+    own.
+    """
+    if silent := [name for name, (lives, *_) in processes.items() if not lives]:
+        return f"missing: {', '.join(silent)}: no sign of life"
+    first = min(step for _, step, _, _ in processes.values())
+    behind = {name: at for name, at in processes.items() if at[1] == first}
+    # One that is in a step waits for the others' part of it; one that is not, does not.
+    behind = {name: at for name, at in behind.items() if at[2] != "step"} or behind
+    if len(behind) == len(processes) > 1:
+        return f"all processes are at the same place, after step {first}"
+    whom = ", ".join(
+        f"{name} (after step {step}: {what} for {seconds:.0f} s)"
+        for name, (_, step, what, seconds) in sorted(behind.items())
+    )
+    return f"missing: {whom}"
 
 
 def _say(message: str) -> None:

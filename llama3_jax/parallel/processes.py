@@ -70,8 +70,10 @@ def from_flags() -> Joining:
 
 
 @contextlib.contextmanager
-def joined(joining: Joining) -> Iterator[None]:
+def joined(joining: Joining) -> Iterator[Watch | None]:
     """Joins the processes for the length of the block; must come before any use of devices.
+
+    Yields the watch over them, or None for a single process.
 
     While the block runs, a process that is lost or fails ends all others with an error that names
     it (see `Watch`).
@@ -81,11 +83,11 @@ def joined(joining: Joining) -> Iterator[None]:
     """
     arguments = initialize_arguments(joining, os.environ)
     if arguments is None:
-        yield
+        yield None
         return
     watch = _initialize(arguments, joining.heartbeat_timeout)
     try:
-        yield
+        yield watch
         watch.finish()
     except BaseException as error:  # Ctrl-C, too: the others would wait
         watch.leave(error)

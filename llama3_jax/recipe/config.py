@@ -8,11 +8,15 @@ import pydantic
 from ml_collections import config_dict
 
 from llama3_jax.data.packing import Packing
+from llama3_jax.evaluation.suite import EvaluationConfig
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.timeline import Stage
 from llama3_jax.schema import Config, parse
+from llama3_jax.training.health import HealthConfig
 from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.sinks import SinkName
+from llama3_jax.training.watchdog import WatchdogConfig
 
 
 class Source(Config):
@@ -57,7 +61,7 @@ class SampleConfig(Config):
 
 
 class RunConfig(Config):
-    """A training run. `max_bad_steps` consecutive steps with a NaN or infinite loss stop it.
+    """A training run. `max_bad_steps` consecutive steps that were not applied stop it.
 
     `init_from` is the directory of another run whose newest checkpoint gives the first parameters
     and optimizer state: a new run, with its own data, seed and timeline.
@@ -72,9 +76,13 @@ class RunConfig(Config):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig
     validation: ValidationConfig | None = None
+    evaluation: EvaluationConfig | None = None
     samples: SampleConfig = SampleConfig()
+    health: HealthConfig = HealthConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1
+    sinks: tuple[SinkName, ...] = ()
 
 
 def run_config(**values) -> ml_collections.ConfigDict:

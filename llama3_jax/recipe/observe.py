@@ -7,13 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.validation import validation_batches
-from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.decoding import compute_params, generate
 from llama3_jax.model.flops import training_flops
@@ -22,9 +19,10 @@ from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import is_first, local_rows
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.incidents import Incidents
 from llama3_jax.recipe.prepare import Run
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
-from llama3_jax.training.metrics import MetricsWriter
+from llama3_jax.training.metrics import MetricsWriter, json_number
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.step import StepMetrics, compile_validation
 
@@ -36,10 +34,11 @@ class StepLog:
     """Turns the step's metrics into records, one step late so that the device never waits."""
 
     def __init__(
-        self, run: Run, metrics: MetricsWriter, progress: RunProgress, peak: float, bad_steps: int
-    ):
+        self, run: Run, metrics: MetricsWriter, progress: RunProgress, peak: float,
+        incidents: Incidents,
+    ):  # fmt: skip
         self._run, self._metrics, self._progress, self._peak = run, metrics, progress, peak
-        self.bad_steps = bad_steps
+        self._incidents = incidents
         self._pending: tuple[int, ResolvedStage, float, StepMetrics] | None = None
         self._clock: float | None = None
 
@@ -55,7 +54,7 @@ class StepLog:
         """Waits for the pending step and records it.
 
         Raises:
-          UserError: too many steps in a row were not finite.
+          UserError: the step went wrong, and the run is to stop (see `Incidents.judge`).
         """
         if self._pending is None:
             return
@@ -75,9 +74,9 @@ class StepLog:
         counts = zip(self._run.batches.sources, m.source_loss_sums, m.source_tokens, strict=True)
         record: dict[str, Any] = {
             "stage": stage.name,
-            "loss": _json_number(m.loss),
+            "loss": json_number(m.loss),
             "losses": {name: float(total / n) for name, total, n in counts if n},
-            "grad_norm": _json_number(m.grad_norm),
+            "grad_norm": json_number(m.grad_norm),
             "learning_rate": rate,
             "applied": bool(m.applied),
             "length": stage.length,
@@ -94,25 +93,7 @@ class StepLog:
         self._metrics.write("train", step + 1, tokens, record)
         record |= {"step": step + 1, "tokens": tokens, "loss": float(m.loss)}
         self._progress.step(record, last=step + 1 == self._run.timeline.steps)
-        self._count_bad(step, bool(m.applied))
-
-    def _count_bad(self, step: int, applied: bool) -> None:
-        self.bad_steps = 0 if applied else self.bad_steps + 1
-        if applied:
-            return
-        logging.warning("step %d: loss or gradients are not finite: not applied", step)
-        if self.bad_steps >= self._run.config.max_bad_steps:
-            entries = self._run.batches.documents(step)
-            ids = sorted({f"{entry.source}:{entry.document}" for entry in entries})
-            raise UserError(
-                f"loss or gradients not finite for {self.bad_steps} steps in a row, the last being "
-                f"step {step} with {len(ids)} documents: {', '.join(ids)}"
-            )
-
-
-def _json_number(value: np.ndarray) -> float | str:
-    """JSON has no NaN or infinity: those are written as strings."""
-    return float(value) if math.isfinite(value) else str(value)
+        self._incidents.judge(step, float(m.loss), float(m.grad_norm))
 
 
 def due(config: RunConfig, timeline: Timeline, step: int) -> bool:

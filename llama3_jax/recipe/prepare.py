@@ -1,47 +1,50 @@
 """A config with everything that can be checked before compiling."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.evaluation.suite import Suite
 from llama3_jax.parallel.context import imbalance
 from llama3_jax.parallel.sharding import check_batch
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.timeline import Timeline
+from llama3_jax.recipe.gate import check_gates, gate_lengths
+from llama3_jax.recipe.timeline import Timeline, Verdict
 
 _BALANCE_ROWS = 64
 
 
 @dataclasses.dataclass
 class Run:
-    """A config, its timeline and its data."""
+    """A config, its timeline and its data; `follow` changes the timeline as gates decide."""
 
     config: RunConfig
     timeline: Timeline
     corpora: dict[str, Corpus]
     validation: dict[str, Corpus]
     batches: Batches
+    suite: Suite | None
+    left_out: Mapping[int, Sequence[int]]
 
 
-def prepare(config: RunConfig) -> Run:
-    """Opens the data and lays out the timeline.
+def prepare(config: RunConfig, left_out: Mapping[int, Sequence[int]] | None = None) -> Run:
+    """Opens the data and lays out the timeline; `left_out` are batches of stages, by number.
 
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
     """
-    timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    _check_meshes(config, timeline)
+    timeline = lay_out(config)
     sources = config.data.sources
     corpora = {name: Corpus(source.train) for name, source in sources.items()}
     validation = {
         name: Corpus(source.validation)
         for name, source in sources.items()
-        if config.validation and source.validation
+        if source.validation
+        and (config.validation or (config.evaluation and config.evaluation.held_out_tokens))
     }
     first = next(iter(corpora.values()))
     for corpus in (*corpora.values(), *validation.values()):
@@ -55,18 +58,75 @@ def prepare(config: RunConfig) -> Run:
             f"config.model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
             f"{first.info.vocab_size}"
         )
-    shapes = [StageShape(s.steps, s.batch_rows, s.length, s.mix) for s in timeline.stages]
-    batches = Batches(corpora, shapes, config.seed, config.data.packing)
-    return Run(config, timeline, corpora, validation, batches)
+    suite = None
+    if config.evaluation:
+        suite = Suite(config.evaluation, validation, first.tokenizer())
+        if config.evaluation.needle:
+            suite.check_lengths({*gate_lengths(timeline), *needle_lengths(config, timeline)})
+    left_out = left_out or {}
+    batches = _batches(config, timeline, corpora, left_out)
+    return Run(config, timeline, corpora, validation, batches, suite, left_out)
+
+
+def lay_out(config: RunConfig) -> Timeline:
+    """The timeline as it is if every gate is passed when it is first asked; needs no data.
+
+    Raises:
+      UserError: what cannot work of stages, meshes, gates and evaluation, by key.
+    """
+    timeline = Timeline(config.stages, config.model.rope, config.mesh)
+    check_gates(timeline, config.evaluation)
+    for number, stage in enumerate(timeline.stages):
+        if unknown := set(stage.mix) - set(config.data.sources):
+            raise UserError(
+                f"config.stages.{number}.mix: {min(unknown)!r} is no source; sources: "
+                f"{', '.join(config.data.sources)}"
+            )
+    _check_meshes(config, timeline)
+    return timeline
+
+
+def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
+    """Puts into the run the timeline, and so the batches, that its gates' verdicts make."""
+    config = run.config
+    run.timeline = Timeline(config.stages, config.model.rope, config.mesh, verdicts)
+    run.batches = _batches(config, run.timeline, run.corpora, run.left_out)
+    return run.timeline
+
+
+def leave_out(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
+    """The same run without some batches, by stage: those after them move up."""
+    batches = _batches(run.config, run.timeline, run.corpora, left_out)
+    return dataclasses.replace(run, batches=batches, left_out=left_out)
+
+
+def _batches(
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    left_out: Mapping[int, Sequence[int]],
+) -> Batches:
+    shapes = [
+        StageShape(s.steps, s.batch_rows, s.length, s.mix, tuple(sorted(left_out.get(number, ()))))
+        for number, s in enumerate(timeline.stages)
+    ]
+    return Batches(corpora, shapes, config.seed, config.data.packing)
 
 
 def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
-    """Whether each stage's mesh divides its rows, and those of validation."""
+    """Whether each stage's mesh divides its rows, and those of validation and evaluation.
+
+    Raises:
+      UserError: names the stage, the size and the mesh axis.
+    """
     for number, stage in enumerate(timeline.stages):
         shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
         if config.validation:
             length = config.validation.length or stage.length
             shapes[f"config.validation on the mesh of stage {number}"] = stage.mesh.data, length, 1
+        for length in _evaluated_lengths(config, timeline, number):
+            where = f"config.evaluation at length {length} on the mesh of stage {number}"
+            shapes[where] = stage.mesh.data, length, 1
         for where, shape in shapes.items():
             try:
                 check_batch(*shape, stage.mesh)
@@ -74,25 +134,30 @@ def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
                 raise UserError(f"{where}: {error}") from None
 
 
-def print_timeline(run: Run) -> None:
-    """The timeline as a table, and how often each source is read."""
-    table = Table(title=f"{run.timeline.tokens:,} tokens in {run.timeline.steps:,} steps")
-    for column in ("stage", "from token", "tokens", "steps", "length", "batch", "rate", "mix"):
-        table.add_column(column, justify="left" if column in ("stage", "mix") else "right")
-    for stage in run.timeline.stages:
-        first, last = stage.start_tokens, stage.start_tokens + stage.tokens
-        rates = [run.timeline.learning_rate(at) for at in (first, last - 1)]
-        table.add_row(
-            stage.name, f"{first:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.length:,}",
-            f"{stage.batch_tokens:,}", " to ".join(f"{rate:.3g}" for rate in rates),
-            ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()),
-        )  # fmt: skip
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(table)
+def _evaluated_lengths(config: RunConfig, timeline: Timeline, number: int) -> set[int]:
+    """Of rows that are scored on the mesh of a stage."""
+    if not (evaluation := config.evaluation):
+        return set()
+    lengths = {evaluation.length}
+    if timeline.stages[number].gate:
+        lengths |= {stage.length for stage in timeline.stages[: number + 1]}
+    if evaluation.needle and number == len(timeline.stages) - 1:
+        lengths |= set(needle_lengths(config, timeline))
+    return lengths
+
+
+def needle_lengths(config: RunConfig, timeline: Timeline) -> list[int]:
+    """Lengths at which needles are looked for at the end of the run: those given, or the stages'."""
+    given = config.evaluation.needle.lengths
+    return sorted(set(given) or {stage.length for stage in timeline.stages})
+
+
+def print_data(run: Run) -> None:
+    """How often each source is read, and how even the work of context ranks is."""
     for name, epochs in run.batches.epochs().items():
-        console.print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
+        print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
     for line in context_balances(run):
-        console.print(line)
+        print(line)
 
 
 def context_balances(run: Run) -> list[str]:

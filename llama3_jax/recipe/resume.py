@@ -1,6 +1,7 @@
 """What a checkpoint says of its run, and whether a config goes on with the same one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ from llama3_jax.training.checkpoint import (
     DamagedCheckpoint,
     model_metadata,
 )
+from llama3_jax.training.events import EVENTS_FILE
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
 # A batch means the same whatever mesh it is spread over and however it is cut.
-_FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens")
+# A gate may be made to wait longer: what has been decided stands in gates.jsonl.
+_FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
 
 
 def run_metadata(
-    config: RunConfig, timeline: Timeline, corpora: dict[str, Corpus], step: int, bad_steps: int
+    config: RunConfig,
+    timeline: Timeline,
+    corpora: dict[str, Corpus],
+    step: int,
+    incidents: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metadata of the checkpoint after `step` steps."""
+    """Metadata of the checkpoint after `step` steps; `incidents` is what `Incidents.state` says."""
     tokenizer = next(iter(corpora.values())).info.tokenizer
     return model_metadata(config.model, tokenizer) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
-        "bad_steps": bad_steps,
+        **(incidents or {}),
         "seed": config.seed,
         "packing": config.data.packing,
         "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -42,7 +49,8 @@ def run_metadata(
 
 def _stage_metadata(stage: ResolvedStage) -> dict[str, Any]:
     values = stage._asdict()
-    values |= {key: values[key].model_dump() for key in ("rope", "mesh")}
+    for key in ("rope", "mesh", "gate", "average"):
+        values[key] = values[key] and values[key].model_dump()
     return json.loads(json.dumps(values))
 
 
@@ -112,6 +120,13 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name, fingerprint in now["corpora"].items():
         where = f"the corpus of config.data.sources.{name}.train"
         compare(where, saved["corpora"][name], fingerprint, " (fingerprints)")
+    for stage, numbers in saved.get("left_out", {}).items():
+        if gone := set(numbers) - set(now.get("left_out", {}).get(stage, ())):
+            raise UserError(
+                f"the checkpoint of step {saved['step']} was made without batches {sorted(gone)} of "
+                f"stage {stage}, but {EVENTS_FILE} does not name them: restore the file or choose "
+                "another --workdir"
+            )
     for number, before in enumerate(saved["stages"]):
         if before["first_step"] > saved["step"]:
             break

@@ -1,11 +1,13 @@
 """The timeline of a run: everything that changes is a function of consumed tokens.
 
 A run is a list of stages. A stage names only what changes; the rest goes on from the stage before.
-The learning rate is declared in pieces, each of which may span several stages.
+The learning rate is declared in pieces, each of which may span several stages. How long a gated
+stage lasts is decided as the run goes: its timeline is one of the verdicts given so far, too.
 """
 
 import bisect
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import pydantic
@@ -42,11 +44,54 @@ class LearningRate(Config):
         return self
 
 
+class Gate(Config):
+    """What a stage must pass at its end (Llama 3 paper, section 3.4.2; see recipe/gate.py).
+
+    Asked after the stage's `tokens`, and after each `every_tokens` more until it is passed; the run
+    stops with `gate_failed` where it is not passed at `max_tokens` of the stage. A short-context
+    metric may be worse than before the first increase by the larger of `epsilon` and one standard
+    error.
+    """
+
+    every_tokens: pydantic.PositiveInt
+    max_tokens: pydantic.PositiveInt
+    epsilon: pydantic.NonNegativeFloat = 0.0
+
+
+class Average(Config):
+    """The mean of the parameters at `checkpoints` places of the last stage, the last its end.
+
+    Evenly apart, in float32 (Llama 3 paper, section 3.4.3: Polyak averaging). `weights` are of the
+    first to the last, and need not sum to 1; equal ones by default.
+    """
+
+    checkpoints: pydantic.PositiveInt
+    weights: tuple[pydantic.NonNegativeFloat, ...] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "Average":
+        if self.weights is not None:
+            if len(self.weights) != self.checkpoints:
+                raise ValueError(f"weights: {len(self.weights)} for {self.checkpoints} checkpoints")
+            if not self.weights[0] > 0:
+                raise ValueError("weights: the first must be positive")
+        return self
+
+
+class Verdict(NamedTuple):
+    """Of the gate of stage number `stage`, given after `step` steps of the run."""
+
+    stage: int
+    step: int
+    passed: bool
+
+
 class Stage(Config):
-    """What is declared of a stage; None means: as in the stage before.
+    """What is declared of a stage; None means: as in the stage before, but for gate and average.
 
     `tokens` is rounded up to whole steps. `batch_tokens` counts all positions of a batch;
-    `micro_batch_tokens` of them are in memory at once (gradient accumulation).
+    `micro_batch_tokens` of them are in memory at once (gradient accumulation). A stage with a gate
+    takes at least `tokens`.
     """
 
     name: str
@@ -58,6 +103,8 @@ class Stage(Config):
     mix: dict[str, float] | None = None
     rope: RopeConfig | None = None
     mesh: MeshConfig | None = None
+    gate: Gate | None = None
+    average: Average | None = None
 
 
 class ResolvedStage(NamedTuple):
@@ -73,6 +120,13 @@ class ResolvedStage(NamedTuple):
     mix: dict[str, float]
     rope: RopeConfig
     mesh: MeshConfig
+    gate: Gate | None = None
+    average: Average | None = None
+
+    @property
+    def end_step(self) -> int:
+        """The first step after the stage."""
+        return self.first_step + self.steps
 
     @property
     def batch_rows(self) -> int:
@@ -97,8 +151,16 @@ class _Piece(NamedTuple):
 class Timeline:
     """Resolved stages and the learning rate, by step or by consumed tokens."""
 
-    def __init__(self, stages: tuple[Stage, ...], rope: RopeConfig, mesh: MeshConfig):
-        """`rope` and `mesh` hold until a stage changes them.
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        rope: RopeConfig,
+        mesh: MeshConfig,
+        verdicts: Sequence[Verdict] = (),
+    ):
+        """`rope` and `mesh` hold until a stage changes them; `verdicts` are those given so far.
+
+        A gate not yet passed is taken to be passed when it is next asked.
 
         Raises:
           UserError: no stage, a first stage that leaves something open, or sizes that do not divide.
@@ -108,14 +170,25 @@ class Timeline:
         self.stages: list[ResolvedStage] = []
         current: dict[str, Any] = {"rope": rope, "mesh": mesh}
         for number, stage in enumerate(stages):
-            self.stages.append(self._resolve(f"config.stages.{number}", stage, current))
+            failures = sum(v.stage == number and not v.passed for v in verdicts)
+            where = f"config.stages.{number}"
+            self.stages.append(self._resolve(where, stage, current, failures))
+        if last_but := [n for n, s in enumerate(stages[:-1]) if s.average]:
+            raise UserError(f"config.stages.{last_but[0]}.average: only the last stage averages")
+        if stages[-1].average and self.stages[-1].steps < stages[-1].average.checkpoints:
+            raise UserError(
+                f"config.stages.{len(stages) - 1}.average.checkpoints: "
+                f"{stages[-1].average.checkpoints} in {self.stages[-1].steps} steps"
+            )
         last = self.stages[-1]
         self.steps = last.first_step + last.steps
         self.tokens = last.start_tokens + last.tokens
         self._first_steps = [stage.first_step for stage in self.stages]
         self._pieces = self._rate_pieces(stages)
 
-    def _resolve(self, where: str, stage: Stage, current: dict[str, Any]) -> ResolvedStage:
+    def _resolve(
+        self, where: str, stage: Stage, current: dict[str, Any], failures: int
+    ) -> ResolvedStage:
         for key in ("length", "batch_tokens", "mix", "rope", "mesh"):
             if (value := getattr(stage, key)) is not None:
                 current[key] = value
@@ -144,7 +217,7 @@ class Timeline:
         return ResolvedStage(
             name=stage.name,
             first_step=before.first_step + before.steps if before else 0,
-            steps=-(-stage.tokens // batch_tokens),
+            steps=_steps(where, stage, batch_tokens, failures),
             start_tokens=before.start_tokens + before.tokens if before else 0,
             length=length,
             batch_tokens=batch_tokens,
@@ -152,6 +225,8 @@ class Timeline:
             mix=current["mix"],
             rope=current["rope"],
             mesh=mesh,
+            gate=stage.gate,
+            average=stage.average,
         )
 
     def _rate_pieces(self, stages: tuple[Stage, ...]) -> list[_Piece]:
@@ -165,6 +240,12 @@ class Timeline:
             end = self.stages[following].start_tokens if following < len(stages) else self.tokens
             if rate.peak is None and not pieces:
                 raise UserError(f"{where}.peak: the first learning rate must set it")
+            gated = [self.stages[n].name for n in range(number, following) if stages[n].gate]
+            if gated and rate.tokens is None and rate.shape != "constant":
+                raise UserError(
+                    f"{where}.tokens: must be given, for the piece holds the gated stage "
+                    f"{gated[0]!r}, whose length is decided as the run goes"
+                )
             peak = self._rate(pieces[-1], start) if rate.peak is None else rate.peak
             tokens = rate.tokens or end - start
             if rate.warmup_tokens > tokens:
@@ -212,3 +293,23 @@ class Timeline:
         """Tokens consumed before `step`."""
         stage = self.stage(step)
         return stage.start_tokens + (step - stage.first_step) * stage.batch_tokens
+
+
+def _steps(where: str, stage: Stage, batch_tokens: int, failures: int) -> int:
+    """Steps of a stage whose gate was not passed `failures` times."""
+    least = -(-stage.tokens // batch_tokens)
+    if stage.gate is None:
+        return least
+    most = stage.gate.max_tokens // batch_tokens
+    if most < least:
+        raise UserError(
+            f"{where}.gate.max_tokens: {stage.gate.max_tokens} is less than the stage's tokens "
+            f"({stage.tokens}) in whole steps"
+        )
+    return min(least + failures * -(-stage.gate.every_tokens // batch_tokens), most)
+
+
+def average_steps(stage: ResolvedStage) -> list[int]:
+    """After which steps of the run its parameters enter the average."""
+    count = stage.average.checkpoints
+    return [stage.first_step + -(-stage.steps * n // count) for n in range(1, count + 1)]

@@ -36,11 +36,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Headings and rows of text; the first column and those of `words` are set to the left."""
+    """Headings and rows of text; the first column and those of `words` are set to the left.
+
+    With `sort_keys`, a number or text for each cell ("" for none), a click on a heading sorts.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[str] = ()
+    sort_keys: Sequence[Sequence[float | str]] = ()
 
 
 def write_report(workdir: Path, extra_sections: Sequence[Section] = ()) -> Path:
@@ -75,14 +79,15 @@ def write_report(workdir: Path, extra_sections: Sequence[Section] = ()) -> Path:
     return path
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Writes a page of sections alone, for what is not about one run.
+def write_page(path: Path, title: str, sections: Sequence[Section], note: str = "") -> None:
+    """Writes a page of sections alone, for what is not about one run; `note` under its title.
 
     Raises:
       UserError: it can't be written.
     """
     page = _environment().get_template("page.html").render(
         title=title,
+        note=note,
         plotly_js=Markup(plotly.offline.get_plotlyjs()),
         sections=[dataclasses.replace(s, html=Markup(s.html)) for s in sections],
     )  # fmt: skip

@@ -85,7 +85,7 @@ def _laws(fit: IsoflopFit, quantity: str, title: str) -> Plot:
     for (name, method), colour in zip(fit.methods.items(), COLOURS, strict=False):
         law = getattr(method, quantity)
         values = np.array([law(c) for c in flops])  # [points, 1 + resamples]
-        bounds = [interval(row[1:], fit.options.level) for row in values]
+        bounds = [interval(row[1:], fit.options.level, method.freedom) for row in values]
         whole = all(bounds)
         low, high = np.array(bounds).T if whole else (None, None)
         band(figure, name, flops, low, values[:, 0], high, colour)

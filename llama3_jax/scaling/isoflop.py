@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from llama3_jax.scaling import surface, warnings
 from llama3_jax.scaling.audit import sweep_biases
@@ -34,6 +35,8 @@ ON_SURFACE = {
     "varpro": (surface.fit_varpro, surface.refit_varpro),
 }
 SURFACE_COEFFICIENTS = 5
+# A run that alone decides a coefficient has no residual to speak of.
+MOST_LEVERAGE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,12 @@ class Options:
 class MethodFit:
     """What one method says: laws of resamples, the data itself first.
 
-    `vertices` of the data (per-budget methods), or `coefficients` and `minimum` (surfaces).
+    `freedom`: degrees of freedom of the residuals that were resampled. `vertices` of the data (per-budget methods), or `coefficients` and `minimum` (surfaces).
     """
 
     tokens: PowerLaw
     params: PowerLaw
+    freedom: float
     left_out: PowerLaw | None = None
     left_out_params: PowerLaw | None = None
     vertices: Vertices | None = None
@@ -129,6 +133,7 @@ def _fit_per_budget(
         params=_centred_law(
             runs.budgets, *(np.where(there, v.params, np.nan) for v in (own, centre, again))
         ),
+        freedom=sum(float(smoothed.free[runs_m[0]]) for runs_m in runs.of_budgets()),
         left_out=fit_power_law(runs.budgets, left),
         left_out_params=fit_power_law(runs.budgets, left_params),
         vertices=dataclasses.replace(
@@ -156,7 +161,9 @@ def _fit_on_surface(fit: Callable, refit: Callable, runs: Runs, options: Options
     points = Points(runs.params, runs.tokens, runs.loss, np.ones(len(runs)))
     own, minimum = fit(points)
     fitted = own.loss(runs.params, runs.tokens)
-    residual = (runs.loss - fitted) / fitted * np.sqrt(len(runs) / (len(runs) - 5))
+    # A run at the design's edge pulls the surface to itself: its residual is that much too small.
+    spread = np.sqrt(1 - np.minimum(surface.leverage(own, points), MOST_LEVERAGE))
+    residual = (runs.loss - fitted) / fitted / spread
     free = np.full(len(runs), float(len(runs)))
     drawn = resample(runs, fitted, residual, free, options.resamples, options.seed)
     others = 1.0 - (runs.budget == np.arange(len(runs.budgets))[:, None])
@@ -169,6 +176,7 @@ def _fit_on_surface(fit: Callable, refit: Callable, runs: Runs, options: Options
     return MethodFit(
         tokens=_law(*surfaces.tokens_law(k)),
         params=_params_law(surfaces, k),
+        freedom=float(len(runs) - SURFACE_COEFFICIENTS),
         left_out=_law(*left.tokens_law(k)),
         left_out_params=_params_law(left, k),
         surfaces=surfaces,
@@ -192,12 +200,18 @@ def _params_law(surfaces: Surface, flops_per_pair: float) -> PowerLaw:
 # -------------------------------------------------------------------------------- as plain values
 
 
-def interval(values: np.ndarray, level: float) -> list[float] | None:
-    """Central share `level` of the finite values; None where fewer than half are finite."""
+def interval(values: np.ndarray, level: float, freedom: float = np.inf) -> list[float] | None:
+    """Central share `level` of the finite values; None where fewer than half are finite.
+
+    Residuals with few degrees of freedom know their own size badly, and plain percentiles are too
+    narrow then: the percentiles taken lie as far out as Student's t asks (the expanded percentile
+    interval of Hesterberg 2015, arXiv 1411.5279).
+    """
     finite = values[np.isfinite(values)]
     if len(finite) < max(len(values) / 2, 2):
         return None
-    return [float(v) for v in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])]
+    below = stats.norm.cdf(stats.t.ppf((1 - level) / 2, max(freedom, 1.0)))
+    return [float(v) for v in np.quantile(finite, [below, 1 - below])]
 
 
 def method_record(fit: MethodFit, options: Options) -> dict[str, Any]:
@@ -214,7 +228,10 @@ def method_record(fit: MethodFit, options: Options) -> dict[str, Any]:
         "params": float(params[0]),
         "params_alpha": float(fit.params.alpha[0]),
         "params_A": float(np.exp(fit.params.log_A[0])),
-        "ci": {name: interval(values[1:], options.level) for name, values in bounds.items()},
+        "ci": {
+            name: interval(values[1:], options.level, fit.freedom)
+            for name, values in bounds.items()
+        },
         "leave_one_budget_out": {
             "alpha": _finite(fit.left_out.alpha),
             "tokens": _finite(fit.left_out(target)),
@@ -226,7 +243,7 @@ def method_record(fit: MethodFit, options: Options) -> dict[str, Any]:
         values = fit.surfaces.coefficients()
         record["coefficients"] = {name: float(value[0]) for name, value in values.items()}
         record["coefficients_ci"] = {
-            name: interval(value[1:], options.level) for name, value in values.items()
+            name: interval(value[1:], options.level, fit.freedom) for name, value in values.items()
         }
         record["certificate"] = fit.minimum.certificate()
     return record
@@ -281,11 +298,12 @@ def curvature(fit: IsoflopFit) -> dict[str, Any] | None:
     """
     if "parabola" not in fit.methods:
         return None
-    values = fit.methods["parabola"].vertices.curvature
+    parabola = fit.methods["parabola"]
+    values = parabola.vertices.curvature
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", RuntimeWarning)
         law = fit_power_law(fit.runs.budgets, values)
-    bounds = interval(law.alpha[1:], fit.options.level)
+    bounds = interval(law.alpha[1:], fit.options.level, parabola.freedom)
     return {
         "by_budget": _finite(values[0]),
         "exponent": _finite(law.alpha[:1])[0],

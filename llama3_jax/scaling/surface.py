@@ -118,6 +118,23 @@ def huber_starts(points: Points, count: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([parts, exponents], axis=1)
 
 
+def leverage(fitted: Surface, points: Points) -> Float[np.ndarray, "M"]:
+    """How far each run's own loss moves its fitted value, relatively: 0 to 1, summing to the rank.
+
+    The diagonal of the hat matrix of the surface linearised in its five coefficients.
+    """
+    n, d = np.log(points.params), np.log(points.tokens)
+    by_params = fitted.A * np.exp(-fitted.alpha * n)
+    by_tokens = fitted.B * np.exp(-fitted.beta * d)
+    # Centred, or a coefficient and its exponent are hard to tell apart in floating point.
+    n, d = n - n.mean(), d - d.mean()
+    slopes = np.stack([np.ones_like(n), by_params, by_tokens, n * by_params, d * by_tokens])
+    relative = slopes / fitted.loss(points.params, points.tokens)
+    scale = np.linalg.norm(relative, axis=1, keepdims=True)
+    basis, kept, _ = np.linalg.svd((relative / np.where(scale > 0, scale, 1.0)).T, False)
+    return (basis[:, kept > 1e-9 * kept[0]] ** 2).sum(axis=1)
+
+
 def fit_huber(points: Points, starts: int = STARTS) -> tuple[Surface, Minimum]:
     """The surface at the lowest minimum over many starts, with its certificate."""
     found = minimize(HUBER, huber_starts(points, starts), points.data(), SHARPNESS)

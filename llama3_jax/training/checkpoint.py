@@ -1,14 +1,16 @@
 """Checkpoints through orbax: asynchronous, atomic, verified, restored from the newest valid one.
 
-One checkpoint holds two trees, `params` and `optimizer`, and JSON metadata: the model's config, the
-tokenizer's fingerprint, the position in the timeline, the run's config, and a checksum of every
-array. A model directory (converted weights) is the same without `optimizer`. All use of orbax
-is in this file.
+One checkpoint holds two trees, `params` and `optimizer` (and `average`, see training/averaging.py,
+where the run averages), and JSON metadata: the model's config, the tokenizer's fingerprint, the
+position in the timeline, the run's config, a checksum of every array and a hash of the metadata. A
+model directory (converted weights) is the same without `optimizer`. All use of orbax is in this
+file.
 
 Arrays are saved in their canonical shapes, so any mesh of any number of processes restores them.
 All processes of a run save and restore together, each its own shards, in a directory that all see.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -42,6 +44,7 @@ class Restored(NamedTuple):
     params: Params
     optimizer: Any
     metadata: dict[str, Any]
+    average: Params | None = None
 
 
 class DamagedCheckpoint(Exception):
@@ -95,7 +98,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending; the same on all processes."""
         return processes.of_first(_steps(self.directory))
 
-    def save(self, step: int, params: Params, optimizer: Any, metadata: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        params: Params,
+        optimizer: Any,
+        metadata: dict[str, Any],
+        average: Params | None = None,
+    ) -> None:
         """Starts a save and returns; waits for the one before it, and raises its error if any.
 
         A step that has been saved already is not saved again.
@@ -106,7 +116,9 @@ class Checkpoints:
             return
         self._present.add(step)
         trees = {"params": params, "optimizer": optimizer}
-        metadata = metadata | {"checksums": checksums(trees)}
+        if average is not None:
+            trees["average"] = average
+        metadata = _sealed(metadata | {"trees": sorted(trees), "checksums": checksums(trees)})
         self._pending = self._open().save_checkpointables_async(
             step, trees, force=True, custom_metadata=metadata
         )
@@ -121,6 +133,7 @@ class Checkpoints:
         self.wait()
         if self._manager is not None:
             self._manager.close()
+            self._manager = None  # it remembers what is there
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata of a checkpoint.
@@ -139,8 +152,12 @@ class Checkpoints:
         path = self.directory / str(step)
         abstract = {"params": abstract_params, "optimizer": abstract_optimizer}
         metadata = _metadata(path)
+        if "average" in metadata.get("trees", ()):
+            abstract["average"] = abstract_params
         trees = _load(path, abstract, metadata)
-        return Restored(step, trees["params"], trees["optimizer"], metadata)
+        return Restored(
+            step, trees["params"], trees["optimizer"], metadata, trees.get("average")
+        )  # fmt: skip
 
     def set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
@@ -156,6 +173,27 @@ class Checkpoints:
         self._present.discard(step)
         return target
 
+    def remove_after(self, step: int) -> int:
+        """Removes all checkpoints after `step`; returns the newest that is left, 0 for none.
+
+        They are those of a past that the run is to forget. All processes call it together.
+        """
+        self.close()
+        present = self.steps()
+        self._present = {s for s in present if s <= step}
+        if processes.is_first():
+            for removed in set(present) - self._present:
+                shutil.rmtree(self.directory / str(removed))
+        processes.all_agree(True)
+        return max(self._present, default=0)
+
+
+def _sealed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with a hash of themselves, as they look after a way through JSON."""
+    metadata = json.loads(json.dumps({k: v for k, v in metadata.items() if k != "hash"}))
+    text = json.dumps(metadata, sort_keys=True)
+    return metadata | {"hash": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
 
 def _steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; a save under way has no number."""
@@ -163,12 +201,14 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    metadata, damage = None, "metadata lack the checksums"
+    metadata, damage = None, "metadata differ from what was saved"
     try:
         metadata = ocp.checkpointables_metadata(path).custom_metadata
+        if not metadata or metadata != _sealed(metadata):
+            metadata = None
     except Exception as error:  # orbax raises many kinds for damaged files
         damage = f"metadata cannot be read ({_brief(error)})"
-    if not processes.all_agree(bool(metadata) and "checksums" in metadata):
+    if not processes.all_agree(bool(metadata)):
         raise DamagedCheckpoint(damage)
     return metadata
 
@@ -243,12 +283,15 @@ def save_model(
         directory.rmdir()
     directory.parent.mkdir(parents=True, exist_ok=True)
     trees = {"params": params}
-    metadata = model_metadata(config, tokenizer) | {"checksums": checksums(trees)}
+    metadata = _sealed(model_metadata(config, tokenizer) | {"checksums": checksums(trees)})
     ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = None) -> LoadedModel:
     """Weights from a model directory, a checkpoint, or a run's workdir (its newest checkpoint).
+
+    They are put where `abstract(config)` says (see `step.abstract_canonical`), by default on the
+    first device.
 
     Raises:
       UserError: nothing there, or it is damaged.
@@ -265,16 +308,18 @@ def load_model(path: Path) -> LoadedModel:
     try:
         metadata = _metadata(path)
         config = ModelConfig.model_validate(metadata["model"])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            ),
-            abstract_params(config),
-        )
-        params = _load(path, {"params": abstract}, metadata)["params"]
+        trees = {"params": (abstract or _on_first_device)(config)}
+        params = _load(path, trees, metadata)["params"]
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: damaged checkpoint: {error}") from None
     return LoadedModel(config, params, metadata.get("tokenizer"))
+
+
+def _on_first_device(config: ModelConfig) -> Params:
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), abstract_params(config)
+    )
 
 
 def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:

@@ -35,6 +35,13 @@ class LossSums(NamedTuple):
     tokens_by_source: Float[Array, "sources"]
 
 
+class Scores(NamedTuple):
+    """Of each token of the loss mask its loss in nats, and whether it is the likeliest one."""
+
+    losses: Float[Array, "rows length"]
+    likeliest: Array
+
+
 class _Shared(NamedTuple):
     """What all layers need of one micro-batch."""
 
@@ -87,6 +94,14 @@ class _Model(NamedTuple):
         tokens = jnp.sum(mask, axis=1, dtype=jnp.float32)
         return total, LossSums(total, by_source(row_sums), by_source(tokens))
 
+    def scores(self, weights: Weights, x: Array, shared: _Shared) -> tuple[Array, Scores]:
+        params = self.fsdp.open(weights, {k: self.dims[k] for k in weights.variables})
+        batch = shared.batch
+        scores = transformer.head_scores(
+            self.config, params, x, batch["targets"], batch["loss_mask"], self.ranks
+        )
+        return jnp.zeros(()), Scores(*scores)
+
     @property
     def last_keys(self) -> tuple[str, ...]:
         return ("final_norm", "embedding" if self.config.tied_head else "head")
@@ -108,7 +123,9 @@ def make_gradients(config: ModelConfig, layout: Layout, micro_batches: int, sour
             sums, gradients = _accumulated(model, weights, split)
         else:
             schedule = make_schedule(layout.config, micro_batches)
-            sums, gradients = _pipelined(model, schedule, weights, split)
+            sums, gradients = _pipelined(
+                model, schedule, weights, split, model.last, _zero_sums(model)
+            )
         gradients = model.fsdp.finish(gradients, model.dims, model.specs)
         return jax.tree.map(model.ranks.token_sum, sums), gradients
 
@@ -127,10 +144,38 @@ def make_loss(config: ModelConfig, layout: Layout, sources: int):
             rows = len(batch["tokens"])
             split = jax.tree.map(lambda x: x[:, None], batch)
             schedule = forward_only(layout.config, rows)
-            sums, _ = _pipelined(model, schedule, weights, split)
+            sums, _ = _pipelined(model, schedule, weights, split, model.last, _zero_sums(model))
         return jax.tree.map(model.ranks.token_sum, sums)
 
     return _on_mesh(on_rank, model, PartitionSpec())
+
+
+def make_scores(config: ModelConfig, layout: Layout):
+    """(params, batch) -> Scores, on global arrays; columns lie as the batch's do."""
+    model = _model(config, layout, sources=1)
+
+    def on_rank(params: Params, batch: Batch):
+        weights = model.fsdp.start(params, model.dims)
+        if layout.config.pipe == 1:
+            return _forward(model, weights, batch, model.scores)[1]
+        rows, length = batch["tokens"].shape
+        # The pipeline adds up what its micro-batches, a row each, return: each fills its own row.
+        batch = batch | {"row": jnp.arange(rows)}
+
+        def last(weights: Weights, x: Array, shared: _Shared):
+            total, scores = model.scores(weights, x, shared)
+            own = (jnp.arange(rows) == shared.batch["row"][0])[:, None]
+            return total, jax.tree.map(lambda s: jnp.where(own, s, 0).astype(jnp.float32), scores)
+
+        split = jax.tree.map(lambda x: x[:, None], batch)
+        zero = jnp.zeros((rows, length))
+        schedule = forward_only(layout.config, rows)
+        scores, _ = _pipelined(model, schedule, weights, split, last, Scores(zero, zero))
+        losses, likeliest = jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), scores)
+        return Scores(losses, likeliest > 0)
+
+    of_tokens = sharding.spec(("rows", "length"), layout)
+    return _on_mesh(on_rank, model, Scores(of_tokens, of_tokens))
 
 
 def _model(config: ModelConfig, layout: Layout, sources: int) -> _Model:
@@ -162,6 +207,10 @@ def _part(weights: Weights, keys: tuple[str, ...]) -> Weights:
 
 def _loss(model: _Model, weights: Weights, batch: Batch) -> tuple[Array, LossSums]:
     """Loss of one micro-batch, all layers on this rank."""
+    return _forward(model, weights, batch, model.last)
+
+
+def _forward(model: _Model, weights: Weights, batch: Batch, last) -> tuple[Array, Any]:
     shared = model.shared(batch)
     x = model.first(_part(weights, ("embedding",)), shared)
     blocks = Weights(weights.constants["blocks"], weights.variables["blocks"])
@@ -169,7 +218,7 @@ def _loss(model: _Model, weights: Weights, batch: Batch) -> tuple[Array, LossSum
         model.config, blocks, x, shared.context, ranks=model.ranks,
         open_block=model.open_block, keeps_weights=not model.ranks.fsdp_axes,
     )  # fmt: skip
-    return model.last(_part(weights, model.last_keys), x, shared)
+    return last(_part(weights, model.last_keys), x, shared)
 
 
 def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSums, Params]:
@@ -193,8 +242,8 @@ def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSum
     return sums, gradients
 
 
-def _pipelined(model: _Model, schedule, weights: Weights, split: Batch):
-    """Gradients by the pipeline's schedule, or the loss alone."""
+def _pipelined(model: _Model, schedule, weights: Weights, split: Batch, last, zero: Any):
+    """Gradients by the pipeline's schedule, or the forward alone; `zero` is what `last` adds to."""
     config, ranks = model.config, model.ranks
     constants = {k: v for k, v in weights.constants.items() if k != "blocks"}
     ends = {k: v for k, v in weights.variables.items() if k != "blocks"}
@@ -212,20 +261,19 @@ def _pipelined(model: _Model, schedule, weights: Weights, split: Batch):
         ),
         first=with_constants(model.first),
         layer=transformer.rematerialized(config, model.layer),
-        last=with_constants(model.last),
+        last=with_constants(last),
         first_keys=("embedding",),
         last_keys=model.last_keys,
     )
     _, rows, length = split["tokens"].shape
     activation = jax.ShapeDtypeStruct((rows, length // ranks.tensor, config.dim), config.dtype)
-    zero = _zero_sums(model)
     result = run_schedule(
         schedule,
         make_stages(config.layers, model.layout.config),
         parts,
         (weights.constants["blocks"], weights.variables["blocks"]),
         ends,
-        (zero.total, zero),
+        (jnp.zeros(()), zero),
         activation,
     )
     gradients = None

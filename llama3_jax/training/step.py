@@ -1,6 +1,7 @@
 """One training step and one validation step, as pure functions."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,21 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+class Limits(NamedTuple):
+    """What the loss, in nats, and the gradient norm of a step may be for it to be applied."""
+
+    loss: float
+    grad_norm: float
+
+
+NO_LIMITS = Limits(math.inf, math.inf)
+
+
 class StepMetrics(NamedTuple):
     """Sums and counts of one step; `loss` is the mean over the tokens of the loss mask, in nats.
 
     `document_pairs` counts (query, key) pairs inside documents. `applied` is False when loss or
-    gradients were not finite: then the state is what it was.
+    gradients were not finite or above their limits: then the state is what it was.
     """
 
     loss: Float[Array, ""]
@@ -46,6 +57,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     learning_rate: Float[Array, ""],
+    limits: Limits = NO_LIMITS,
     *,
     config: ModelConfig,
     optimizer: OptimizerConfig,
@@ -53,10 +65,11 @@ def train_step(
     micro_batches: int,
     sources: int,
 ) -> tuple[TrainState, StepMetrics]:
-    """One AdamW update; not applied when the loss or the gradients are not finite.
+    """One AdamW update; not applied when the loss or the gradients are not finite or over `limits`.
 
-    Loss and gradients are means over all loss tokens of the batch, so the split in micro-batches
-    changes nothing but rounding.
+    Old or new is chosen element by element as the update is made, over the donated state: there is
+    no second copy of it. Loss and gradients are means over all loss tokens of the batch, so the
+    split in micro-batches changes nothing but rounding.
     """
     rows, length = batch["tokens"].shape
     sharding.check_batch(rows, length, micro_batches, layout)
@@ -65,17 +78,18 @@ def train_step(
     loss, grads = sums.total / tokens, jax.tree.map(lambda g: g / tokens, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    applied = finite & (loss <= limits.loss) & (grad_norm <= limits.grad_norm)
     updates, optimizer_state = make_optimizer(optimizer).update(
         grads, state.optimizer, state.params
     )
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     updated = TrainState(params, optimizer_state)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
     positions, real = batch["positions"], batch["segment_ids"] > 0
     return state, StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
-        applied=finite,
+        applied=applied,
         source_loss_sums=sums.by_source,
         source_tokens=sums.tokens_by_source,
         real_tokens=jnp.sum(real),
@@ -187,9 +201,19 @@ def from_canonical(
     state: TrainState, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
 ) -> TrainState:
     """A state in the network's order to how it lies on the mesh; `state` may lie on any mesh."""
-    shardings = state_shardings(config, optimizer, layout)
+    return _laid_out(state, state_shardings(config, optimizer, layout), config, layout)
+
+
+def params_from_canonical(params: Params, config: ModelConfig, layout: Layout) -> Params:
+    """As `from_canonical`, of the parameters alone."""
+    axes = logical_axes(config)
+    sharding.check_divisible(axes, transformer.abstract_params(config), layout)
+    return _laid_out(params, sharding.shardings(axes, layout), config, layout)
+
+
+def _laid_out(tree: Any, shardings: Any, config: ModelConfig, layout: Layout) -> Any:
     if layout.config.pipe == 1:
-        return jax.device_put(state, shardings)
+        return jax.device_put(tree, shardings)
     stages = make_stages(config.layers, layout.config)
 
     def convert(path, x: jax.Array, to: NamedSharding) -> jax.Array:
@@ -197,7 +221,7 @@ def from_canonical(
             return jax.device_put(x, to)
         return _compile_to_stages(stages, to)(jax.device_put(x, _without_pipe(to)))
 
-    return jax.tree_util.tree_map_with_path(convert, state, shardings)
+    return jax.tree_util.tree_map_with_path(convert, tree, shardings)
 
 
 def abstract_canonical(
@@ -228,7 +252,10 @@ def compile_step(
     micro_batches: int,
     sources: int,
 ):
-    """The jitted train step for a mesh, compiled once a shape; the state is donated."""
+    """The jitted train step for a mesh, compiled once a shape; the state is donated.
+
+    The state comes as `state_shardings` lays it and goes so.
+    """
     state = state_shardings(config, optimizer, layout)
     step = functools.partial(
         train_step,
@@ -238,12 +265,7 @@ def compile_step(
         micro_batches=micro_batches,
         sources=sources,
     )
-    return jax.jit(
-        step,
-        in_shardings=(state, None, None),
-        out_shardings=(state, sharding.replicated(layout)),
-        donate_argnums=0,
-    )
+    return jax.jit(step, out_shardings=(state, sharding.replicated(layout)), donate_argnums=0)
 
 
 @functools.cache

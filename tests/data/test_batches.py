@@ -93,3 +93,22 @@ def test_what_cannot_be_is_refused(corpora):
         make(corpora).load(0, hosts=3)
     with pytest.raises(UserError, match="step 16 is outside the run: steps 0 to 15"):
         make(corpora).documents(16)
+
+
+def test_batches_left_out_are_never_read_and_the_rest_keep_their_order(corpora):
+    """The stage's steps go on with the batches after, and the next stage with other documents."""
+    cut = [STAGES[0]._replace(left_out=(2, 3, 9)), STAGES[1]]
+    whole = make(corpora, stages=[STAGES[0]._replace(steps=13), STAGES[1]])
+    batches = make(corpora, stages=cut)
+    expected = [0, 1, 4, 5, 6, 7, 8, 10, 11, 12]
+    assert [cut[0].batch(step) for step in range(10)] == expected
+    read = list(batches.load(0))
+    numbered = list(whole.load(0))
+    assert len(read) == 10
+    for batch, number in zip(read, expected, strict=True):
+        np.testing.assert_array_equal(batch["tokens"], numbered[number]["tokens"])
+    for ours, theirs in zip(batches.load(0, 7), numbered[10:], strict=True):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+    assert batches.documents(7) == whole.documents(10)
+    for ours, theirs in zip(batches.load(1), whole.load(1), strict=True):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])

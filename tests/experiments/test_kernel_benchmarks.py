@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
-from experiments.benchmarks import gpu, kernels, step_h100, tune_kernels
+from experiments.benchmarks import gpu, kernels, pointwise, step_h100, tune_kernels
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.gpu import tuning
 from tests.conftest import REPOSITORY
@@ -25,7 +25,7 @@ def run(module: str, *arguments: str, cache) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("module", ["kernels", "tune_kernels", "step_h100"])
+@pytest.mark.parametrize("module", ["kernels", "pointwise", "tune_kernels", "step_h100"])
 def test_without_a_gpu_one_line_says_so(module, tmp_path):
     done = run(module, cache=tmp_path)
     assert done.returncode == 2
@@ -65,6 +65,26 @@ def test_cases_and_their_operations():
     half, whole = kernels.LossCase(0.5), kernels.LossCase(1.0)
     assert whole.flops(kernels.FORWARD) == 2 * 8192 * 4096 * 128_256
     assert 0.45 < half.flops(kernels.BOTH) / whole.flops(kernels.BOTH) < 0.55
+
+
+def test_bytes_of_pointwise_operations():
+    rows, width = 2 * 8, pointwise.DIM
+    norm, residual, rope, swiglu = pointwise.operations(batch=2, length=8)
+    assert norm.bytes(pointwise.FORWARD) == 2 * (2 * rows * width) + 4 * width
+    assert residual.bytes(pointwise.FORWARD) == 2 * (4 * rows * width) + 4 * width
+    heads = rows * (pointwise.HEADS + pointwise.KV_HEADS) * pointwise.HEAD_DIM
+    assert rope.bytes(pointwise.FORWARD) == 2 * 2 * heads + 4 * rows * pointwise.HEAD_DIM
+    # Gate and up read twice, the result, its cotangent, two gradients.
+    assert swiglu.bytes(pointwise.BOTH) == 2 * 8 * rows * pointwise.FFN
+
+
+@pytest.mark.parametrize("operation", pointwise.operations(1, 4), ids=lambda o: o.name)
+def test_pointwise_operations_give_results_and_gradients(operation):
+    inputs = operation.arrays()
+    out, gradients = operation.function("reference", pointwise.BOTH)(*inputs)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), (out, gradients)))
+    wanted = inputs[: operation.differentiated]
+    assert [g.shape for g in gradients] == [x.shape for x in wanted]
 
 
 def test_ratios_are_taken_within_a_round():

@@ -6,7 +6,7 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.context import imbalance
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.prepare import context_balances, prepare, print_timeline
+from llama3_jax.recipe.prepare import context_balances, prepare, print_data
 from llama3_jax.schema import parse
 
 
@@ -35,7 +35,7 @@ def test_the_balance_of_context_ranks_is_that_of_the_stages_documents(corpora, c
     assert re.fullmatch(
         rf"stage long: .* of 4 context ranks .*: causal 1\.000, its documents {expected:.3f}", line
     )
-    print_timeline(run)
+    print_data(run)
     assert line in capsys.readouterr().out.replace("\n", " ")
     assert context_balances(prepare(config(corpora, data=2))) == []
 

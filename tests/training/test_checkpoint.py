@@ -201,3 +201,29 @@ def test_models_that_cannot_be_loaded_or_written(saved, tmp_path):
     flip_bit(saved / "checkpoints/3/params")
     with pytest.raises(UserError, match="checkpoints/3: damaged checkpoint"):
         load_model(saved)
+
+
+def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
+    """In a file of the checkpoint drawn at random, for files hold much or little of it."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1, keep_every=None)
+    state = state_of(1)
+    health = {"step": 1, "health": [[step, 0, 2.5, 1.0] for step in range(50)]}
+    checkpoints.save(1, state.params, state.optimizer, health)
+    checkpoints.close()
+    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(MESH))
+    files = sorted(p for p in (tmp_path / "checkpoints/1").rglob("*") if p.is_file())
+    random, found = np.random.default_rng(), 0
+    for _ in range(24):
+        path = files[random.integers(len(files))]
+        content = path.read_bytes()
+        at, bit = int(random.integers(len(content))), int(random.integers(8))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            restored = checkpoints.restore(1, *abstract)
+        except checkpoint.DamagedCheckpoint:
+            found += 1
+        else:
+            assert_state(restored, 1)
+            assert restored.metadata.items() >= health.items(), f"{path} byte {at} bit {bit}"
+        path.write_bytes(content)
+    assert found

@@ -1,0 +1,36 @@
+"""The run that faults.py disturbs: five stages of a tiny model on two data ranks.
+
+    python -m llama3_jax.train --config=experiments/benchmarks/faults_run.py:CORPORA --workdir=…
+
+CORPORA is a folder made by `faults.py`. Two devices make the mesh, of one process or of two.
+"""
+
+from llama3_jax.recipe.config import run_config
+
+STEPS, EVERY = 60, 10  # of each stage; between checkpoints
+STAGES = ("short", "long", "longer", "wide", "annealing")
+
+
+def get_config(corpora):
+    sources = {name: dict(train=f"{corpora}/{name}/train") for name in "ab"}
+    tokens = STEPS * 256
+    return run_config(
+        model=dict(
+            vocab_size=272, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, ffn_dim=64,
+            dtype="float32",
+        ),
+        data=dict(sources=sources),
+        mesh=dict(data=2),
+        stages=[
+            dict(name="short", tokens=tokens, length=32, batch_tokens=256, mix=dict(a=0.7, b=0.3),
+                 lr=dict(shape="cosine", peak=3e-3, end=3e-4, warmup_tokens=500)),
+            dict(name="long", tokens=tokens, length=64),
+            dict(name="longer", tokens=tokens, length=128),
+            dict(name="wide", tokens=2 * tokens, batch_tokens=512),
+            dict(name="annealing", tokens=2 * tokens, mix=dict(a=0.2, b=0.8),
+                 lr=dict(shape="linear", end=0.0)),
+        ],
+        checkpoint=dict(every_steps=EVERY, keep_last=3),
+        # A hang shall be found in seconds here.
+        watchdog=dict(floor_seconds=15.0, other_seconds=300.0),
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""What a curation run reads, which stages it passes through, and what it makes of the rest."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ml_collections
+import pydantic
+from ml_collections import config_dict
+
+from llama3_jax import schema
+from llama3_jax.curation import registry
+from llama3_jax.curation.page.extract import MAX_BYTES
+from llama3_jax.errors import UserError
+from llama3_jax.schema import Config
+
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Input(Config):
+    """One source of documents.
+
+    `paths`: files, folders (read with all below them) or patterns. By suffix: .warc(.gz),
+    .html(.gz), .htm, .xhtml, .parquet, .jsonl(.gz, .zst). `url_prefix` + the path below the folder
+    is the URL of an HTML file. `time` of documents that carry none, ISO 8601. `fields`: what
+    parquet columns and JSON fields are called here.
+    """
+
+    paths: tuple[str, ...] = pydantic.Field(min_length=1)
+    url_prefix: str = ""
+    time: str = ""
+    fields: Mapping[Literal["url", "time", "html", "text", "title", "language"], str] = (
+        pydantic.Field(default_factory=dict)
+    )
+    # Larger pages are rejected unread.
+    max_bytes: int = pydantic.Field(default=MAX_BYTES, gt=0)
+
+
+class Tokens(Config):
+    """Token shards for training, a corpus for each source, as `tokenize encode` writes them.
+
+    `tokenizer` is a path; None: no shards, and no tokens in the funnel. `holdout`: share of the
+    documents that go to validation.
+    """
+
+    tokenizer: str | None = None
+    holdout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+
+
+class CurationConfig(Config):
+    """`inputs` by source name; `stages`, each with its own config, run in the registry's order."""
+
+    inputs: Mapping[Name, Input] = pydantic.Field(min_length=1)
+    stages: Mapping[str, Any]
+    tokens: Tokens = Tokens()
+
+    @pydantic.field_validator("stages")
+    @classmethod
+    def _known_stages(cls, stages: Mapping[str, Any]) -> Mapping[str, Any]:
+        known = [stage.name for stage in registry.STAGES]
+        for name in stages:
+            if name not in known:
+                raise ValueError(f"{name!r} is no stage; known: {', '.join(known)}")
+        if "extract" not in stages:
+            raise ValueError("'extract' is missing: it makes text of what was read")
+        return stages
+
+
+def curation_config(**values: Any) -> ml_collections.ConfigDict:
+    """What a config file's `get_config` returns: `values` checked, every default filled in.
+
+    With the defaults present, `--config.stages.extract.seconds=5` works for each key.
+
+    Raises:
+      UserError: an unknown key or a bad value.
+    """
+    config, stages = parse(values)
+    filled = config.model_dump(exclude={"stages"})
+    filled["stages"] = {stage.name: own.model_dump() for stage, own in stages}
+    if filled["tokens"]["tokenizer"] is None:
+        filled["tokens"]["tokenizer"] = config_dict.placeholder(str)
+    return ml_collections.ConfigDict(filled)
+
+
+def parse(
+    values: Mapping[str, Any] | ml_collections.ConfigDict,
+) -> tuple[CurationConfig, list[tuple[registry.Stage, Config]]]:
+    """The run's config and its stages with theirs, in order.
+
+    Raises:
+      UserError: the first offending key by its full path.
+    """
+    config = schema.parse(CurationConfig, values)
+    stages = [
+        (
+            stage,
+            schema.parse(stage.config, config.stages[stage.name], f"config.stages.{stage.name}"),
+        )
+        for stage in registry.STAGES
+        if stage.name in config.stages
+    ]
+    if config.tokens.tokenizer is not None and not os.path.exists(config.tokens.tokenizer):
+        raise UserError(f"config.tokens.tokenizer: {config.tokens.tokenizer} does not exist")
+    return config, stages
+
+
+def named_files(value: Any) -> list[Path]:
+    """Files and folders that a config names: what is in them counts as part of the config."""
+    if isinstance(value, str):
+        # A word may happen to be a file's name here; a path in a config has a slash or a suffix.
+        return [Path(value)] if ("/" in value or "." in value) and os.path.exists(value) else []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [path for item in value for path in named_files(item)]

@@ -1,0 +1,103 @@
+"""Which stage decided what about a document, why, and its text before and after."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import w3lib.url
+
+from llama3_jax.curation.page import encoding
+from llama3_jax.curation.parts import files
+from llama3_jax.curation.run import STAGES
+from llama3_jax.errors import UserError
+
+SHOWN = 2_000  # characters of a page's markup, or of its text
+# Columns that every document has; a stage's scores are the others.
+COMMON = (
+    "doc", "url", "time", "source", "title", "language", "language_hint", "content_type", "html",
+    "text", "bytes", "characters", "tokens", "reason", "stage",
+)  # fmt: skip
+
+
+def explain(workdir: Path, wanted: str) -> str:
+    """The story of each document with this URL or id, as text.
+
+    Raises:
+      UserError: there is no run, or no such document in it.
+    """
+    stages = sorted((workdir / STAGES).glob("[0-9]*")) if workdir.is_dir() else []
+    if not stages:
+        raise UserError(f"--workdir={workdir}: no finished stage; run it without --explain first")
+    found = list(_find(stages[0], "doc", wanted) or _find(stages[0], "url", wanted))
+    found = found or _alike(stages[0], wanted)
+    if not found:
+        raise UserError(f"--explain={wanted}: no such URL or document id in {workdir}")
+    return "\n\n".join(_story(stages, first) for first in found)
+
+
+def _find(stage: Path, column: str, value: str) -> list[dict[str, Any]]:
+    """Rows of a stage, kept and rejected, with this value."""
+    rows = []
+    for kind in ("kept", "rejected"):
+        for path in files(stage / kind):
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                mask = pc.equal(file.read_row_group(group, [column])[column], value)
+                if pc.any(mask).as_py():
+                    rows += file.read_row_group(group).filter(mask).to_pylist()
+    return rows
+
+
+def _alike(stage: Path, url: str) -> list[dict[str, Any]]:
+    """Rows whose URLs differ from this one in form only."""
+    wanted, urls = w3lib.url.canonicalize_url(url), set()
+    for path in files(stage / "kept") + files(stage / "rejected"):
+        each = pq.ParquetFile(path).read(["url"])["url"].to_pylist()
+        urls.update(u for u in each if u and w3lib.url.canonicalize_url(u) == wanted)
+    return [row for found in sorted(urls) for row in _find(stage, "url", found)]
+
+
+def _story(stages: list[Path], first: dict[str, Any]) -> str:
+    lines = [f"{first['url'] or 'no URL'} (document {first['doc']}, source {first['source']})"]
+    before: dict[str, Any] = {}
+    for stage in stages:
+        rows = _find(stage, "doc", first["doc"])
+        if not rows:
+            break
+        row = rows[0]
+        name = stage.name.split("_", 1)[1]
+        reason = row.get("reason")
+        lines.append(f"\n{name}: {f'REJECTED, {reason}' if reason else 'kept'}")
+        lines += [f"    {key}: {value}" for key, value in _news(before, row)]
+        lines += [f"    | {line}" for line in _text(before, row)]
+        before = row
+    return "\n".join(lines)
+
+
+def _news(before: dict[str, Any], row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the stage said of the document: its scores, and what it changed but the text."""
+    for key, value in row.items():
+        if key in ("doc", "source", "html", "text", "reason", "stage") or value in (None, ""):
+            continue
+        if key not in before or (key in COMMON and before[key] != value):
+            yield key, value
+
+
+def _text(before: dict[str, Any], row: dict[str, Any]) -> Iterator[str]:
+    if row.get("html") is not None:
+        page = encoding.decode(row["html"], row["content_type"]).text
+        yield from _beginning(page)
+    elif before.get("text") is None:
+        yield from _beginning(row.get("text") or "")
+    elif row["text"] != before["text"]:
+        old, new = before["text"].split("\n"), row["text"].split("\n")
+        yield from difflib.unified_diff(old, new, "before", "after", lineterm="", n=1)
+
+
+def _beginning(text: str) -> Iterator[str]:
+    yield from text[:SHOWN].split("\n")
+    if len(text) > SHOWN:
+        yield f"… {len(text) - SHOWN:,} more characters"

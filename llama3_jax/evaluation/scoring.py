@@ -1,0 +1,171 @@
+"""Log-likelihoods of continuations after their contexts, packed in rows of a few lengths.
+
+Requests are sorted by length and packed whole, a segment each, so that padding costs little and no
+request sees another. Rows are `length` tokens, or twice, four times, … that for longer requests: a
+compiled program each.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.transformer import Params, logical_axes
+from llama3_jax.parallel import sharding
+from llama3_jax.parallel.context import balanced_columns
+from llama3_jax.parallel.mesh import Layout
+from llama3_jax.parallel.processes import local_rows
+from llama3_jax.training.gradients import make_scores
+
+
+class Request(NamedTuple):
+    """`continuation` is scored, `context` (at least begin of text) is given."""
+
+    context: Int[np.ndarray, "tokens"]
+    continuation: Int[np.ndarray, "tokens"]
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that the model reads: the last one is only predicted."""
+        return len(self.context) + len(self.continuation) - 1
+
+
+class Score(NamedTuple):
+    """Sum of -log p over the continuation in nats, and whether greedy decoding would give it."""
+
+    nll: float
+    greedy: bool
+
+
+class Scorer:
+    """A model on a mesh, made to score. `params` lie on the mesh (see training/step.py).
+
+    Every process gets all results.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, layout: Layout, batch_tokens: int):
+        """At most about `batch_tokens` tokens are computed at once, but a row a data rank at least."""
+        self.config, self.params, self.layout = config, params, layout
+        self._batch_tokens = batch_tokens
+
+    def score(self, requests: Sequence[Request], length: int) -> list[Score]:
+        """The score of each request, in order; rows of `length` tokens or a power of two times that.
+
+        Raises:
+          UserError: an empty context or continuation, or a length that the mesh doesn't divide.
+        """
+        for number, request in enumerate(requests):
+            if not len(request.context) or not len(request.continuation):
+                raise UserError(f"request {number}: context and continuation need a token each")
+        buckets: dict[int, list[int]] = {}
+        for number, request in enumerate(requests):
+            size = length
+            while size < request.inputs:
+                size *= 2
+            buckets.setdefault(size, []).append(number)
+        scores: dict[int, Score] = {}
+        for size, members in sorted(buckets.items()):
+            rows = _packed(members, [requests[n].inputs for n in members], size)
+            for batch_rows, losses, likeliest in self._run(rows, requests, size):
+                for row, row_losses, row_likeliest in zip(
+                    batch_rows, losses, likeliest, strict=True
+                ):
+                    at = 0
+                    for number in row:
+                        request = requests[number]
+                        stop = at + request.inputs
+                        scored = slice(stop - len(request.continuation), stop)
+                        nll = float(row_losses[scored].astype(np.float64).sum())
+                        scores[number] = Score(nll, bool(row_likeliest[scored].all()))
+                        at = stop
+        return [scores[number] for number in range(len(requests))]
+
+    def _run(self, rows: list[list[int]], requests: Sequence[Request], length: int):
+        for start in range(0, len(rows), size := self.batch_rows(length)):
+            chosen = rows[start : start + size]
+            padded = chosen + [[]] * (size - len(chosen))
+            losses, likeliest = self.tokens(_arrays(padded, requests, length))
+            yield chosen, losses[: len(chosen)], likeliest[: len(chosen)]
+
+    def batch_rows(self, length: int) -> int:
+        """Rows of that length that are computed at once."""
+        ranks = self.layout.shape["data"]
+        return max(self._batch_tokens // length // ranks, 1) * ranks
+
+    def tokens(
+        self, batch: dict[str, np.ndarray]
+    ) -> tuple[Float[np.ndarray, "rows length"], np.ndarray]:
+        """Loss of each token of the loss mask in nats, and whether it is the likeliest one.
+
+        `batch` holds all rows, on every process.
+
+        Raises:
+          UserError: the mesh does not divide it.
+        """
+        rows, length = batch["tokens"].shape
+        sharding.check_batch(rows, length, 1, self.layout)
+        host, hosts = local_rows(self.layout.mesh)
+        part = slice(host * rows // hosts, (host + 1) * rows // hosts)
+        own = {name: array[part] for name, array in batch.items()}
+        function = _compile(self.config, self.layout)
+        scores = jax.device_get(function(self.params, sharding.put_batch(own, self.layout)))
+        natural = np.argsort(balanced_columns(length, self.layout.shape["context"]))
+        return scores.losses[:, natural], scores.likeliest[:, natural]
+
+
+@functools.cache
+def _compile(config: ModelConfig, layout: Layout):
+    params = sharding.shardings(logical_axes(config), layout)
+    return jax.jit(
+        make_scores(config, layout),
+        in_shardings=(params, None),
+        out_shardings=sharding.replicated(layout),
+    )
+
+
+def _packed(members: list[int], sizes: list[int], length: int) -> list[list[int]]:
+    """Members in rows whose sizes sum to at most `length`: longest first, each in the first row."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    open_from = 0
+    for size, member in sorted(zip(sizes, members, strict=True), key=lambda p: (-p[0], p[1])):
+        while open_from < len(free) and free[open_from] < min(sizes):
+            open_from += 1  # nothing fits there any more
+        for row in range(open_from, len(rows)):
+            if free[row] >= size:
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(length)
+        rows[row].append(member)
+        free[row] -= size
+    return rows
+
+
+def _arrays(
+    rows: Iterable[list[int]], requests: Sequence[Request], length: int
+) -> dict[str, np.ndarray]:
+    """Packed rows as a batch; the mask holds the continuations alone."""
+    rows = list(rows)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    arrays = {name: np.zeros((len(rows), length), np.int32) for name in names}
+    arrays["loss_mask"] = np.zeros((len(rows), length), bool)
+    for row, members in enumerate(rows):
+        at = 0
+        for segment, number in enumerate(members, start=1):
+            request = requests[number]
+            text = np.concatenate([request.context, request.continuation])
+            stop = at + request.inputs
+            arrays["tokens"][row, at:stop] = text[:-1]
+            arrays["targets"][row, at:stop] = text[1:]
+            arrays["segment_ids"][row, at:stop] = segment
+            arrays["positions"][row, at:stop] = np.arange(stop - at)
+            arrays["loss_mask"][row, stop - len(request.continuation) : stop] = True
+            at = stop
+    return arrays

@@ -1,0 +1,190 @@
+"""From a config file and options to the rows of the queue, everything checked before."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llama3_jax import cli
+from llama3_jax.errors import UserError
+from llama3_jax.launching import sweeps
+from llama3_jax.launching.experiment import (
+    CONFIGURED,
+    EXPERIMENT,
+    ROOT,
+    WORKDIR,
+    XID,
+    Requirements,
+    WorkUnit,
+    work_units,
+)
+
+Row = dict[str, Any]
+
+
+def declared_units(
+    config: str, sweep_options: Sequence[str], overrides: Sequence[str]
+) -> list[WorkUnit]:
+    """The work units of `FILE[:ARGUMENT]`.
+
+    With `sweep_options` (config.KEY=VALUE,…), the product of these; else the file's `sweep()`, which
+    gets the argument if it takes one; else one unit. `overrides` (--config.KEY=VALUE) hold for every
+    unit that has a config.
+
+    Raises:
+      UserError: the file or a sweep is wrong.
+    """
+    file, colon, argument = config.partition(":")
+    if sweep_options:
+        options = sweeps.product(*map(sweeps.parse, sweep_options))
+        units = work_units(options, argument if colon else None)
+    else:
+        module = _module(file)
+        declared = getattr(module, "sweep", None)
+        if declared is None:
+            units = work_units([WorkUnit(argument=argument if colon else None)])
+        else:
+            units = work_units(_call(declared, [argument] if colon else []))
+        default = getattr(module, "REQUIREMENTS", None)
+        if default is not None:
+            if not isinstance(default, Requirements):
+                raise UserError(f"{file}: REQUIREMENTS is no launching.experiment.Requirements")
+            units = [
+                unit.model_copy(update={"requirements": default})
+                if unit.requirements == Requirements() else unit
+                for unit in units
+            ]  # fmt: skip
+    more = dict(option.removeprefix("--").split("=", 1) for option in overrides)
+    return [
+        unit.model_copy(update={"overrides": unit.overrides | more})
+        if unit.door in CONFIGURED and not unit.command else unit
+        for unit in units
+    ]  # fmt: skip
+
+
+def _module(file: str) -> ModuleType:
+    if not Path(file).is_file():
+        raise UserError(f"--config={file}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"launched_{Path(file).stem}", file)
+    if spec is None:
+        raise UserError(f"--config={file}: a Python file is expected")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _call(declared: Callable, arguments: list[str]) -> Any:
+    """`sweep()`, or `sweep(ARGUMENT)` where one is given."""
+    try:
+        inspect.signature(declared).bind(*arguments)
+    except TypeError as error:
+        raise UserError(
+            f"sweep(): {error}; an argument is given as --config=FILE:ARGUMENT"
+        ) from None
+    return declared(*arguments)
+
+
+def check(units: Sequence[WorkUnit], file: str, slots: dict[str, int] | None) -> list[str]:
+    """Refuses what could not run; `slots` are this machine's, None elsewhere. Returns remarks.
+
+    The config of a unit that waits for others may read what these write: it is checked when it
+    starts.
+
+    Raises:
+      UserError: names the unit and what is wrong with it.
+    """
+    later = []
+    for unit in units:
+        try:
+            _check_requirements(unit.requirements, slots)
+            if unit.command:
+                if WORKDIR not in unit.command[0] and not shutil.which(unit.command[0]):
+                    raise UserError(f"there is no program {unit.command[0]!r}")
+            elif "." in unit.door:
+                if not _findable(unit.door):
+                    raise UserError(f"there is no module {unit.door}")
+            elif unit.door in CONFIGURED and unit.after:
+                later.append(unit.name)
+            elif unit.door == "train":
+                _check_training(unit.config_flags(file))
+            elif unit.door in CONFIGURED:
+                cli.load_config(unit.config_flags(file))
+        except UserError as error:
+            where = f"work unit {unit.name}: " if len(units) > 1 else ""
+            raise UserError(f"{where}{error}; nothing was queued") from None
+    return [f"checked when they start, since they wait for others: {', '.join(later)}"] * bool(
+        later
+    )
+
+
+def _check_requirements(needs: Requirements, slots: dict[str, int] | None) -> None:
+    if slots is None:
+        return
+    for name, present in slots.items():
+        if getattr(needs, name) > present:
+            raise UserError(f"needs {getattr(needs, name)} {name}, --{name} says {present}")
+    if needs.nodes * needs.tasks_per_node > 1:
+        raise UserError("nodes x tasks_per_node is above 1: that needs --executor=slurm")
+
+
+def _findable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _check_training(flags: Sequence[str]) -> None:
+    # JAX comes with these, and takes seconds: other commands of the launcher need it not.
+    from llama3_jax.recipe.config import RunConfig
+    from llama3_jax.recipe.prepare import prepare
+    from llama3_jax.schema import parse
+
+    prepare(parse(RunConfig, cli.load_config(flags)))
+
+
+def fingerprint(units: Sequence[WorkUnit], file: str, executor: str) -> str:
+    """The same for the same command on the same declaration."""
+    said = [str(Path(file).absolute()), executor, [unit.model_dump() for unit in units]]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
+    """Rows of the queue, in the units' order; `directory` is the experiment's, ROOT/XID."""
+    wids = {unit.name: wid for wid, unit in enumerate(units, start=1)}
+    shared = {EXPERIMENT: str(directory), ROOT: str(directory.parent), XID: directory.name}
+
+    def filled(part: str, unit: WorkUnit) -> str:
+        for mark, value in (shared | {WORKDIR: str(directory / unit.name)}).items():
+            part = part.replace(mark, value)
+        return part
+
+    return [
+        {
+            "wid": wids[unit.name],
+            "name": unit.name,
+            "command": [
+                part.replace(WORKDIR, str(directory / unit.name)).replace(
+                    EXPERIMENT, str(directory)
+                )
+                for part in unit.command_line(sys.executable, file)
+            ],
+            "workdir": str(directory / unit.name),
+            "environment": unit.environment,
+            "after": [wids[name] for name in unit.after],
+            "requirements": unit.requirements.model_dump(),
+            "retries": unit.retries,
+        }
+        for unit in units
+    ]

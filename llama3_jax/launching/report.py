@@ -1,0 +1,70 @@
+"""An experiment's report.html from the queue and its units' folders."""
+
+import html
+import time
+from collections import Counter
+from pathlib import Path
+
+from llama3_jax.errors import UserError
+from llama3_jax.launching import look
+from llama3_jax.launching.store import ENDED, STATES, Experiment, Store
+from llama3_jax.reporting.experiment import UnitEntry, write_experiment
+from llama3_jax.reporting.page import REPORT_FILE, Section, plots_html
+from llama3_jax.scaling import isoflop
+from llama3_jax.scaling.figures import isoflop_plots
+from llama3_jax.scaling.runs import read_runs
+
+RUNS_FILE, SECTIONS = "runs.csv", "sections"
+# How far beyond its budgets a sweep's plots reach, and resamples for their bands.
+REACH, RESAMPLES = 10.0, 200
+
+
+def write_experiment_report(store: Store, experiment: Experiment) -> Path:
+    """Writes the experiment's report; it links to those of units that have one.
+
+    Raises:
+      UserError: a unit's file is damaged, or a page can't be written.
+    """
+    units = store.units(experiment.xid)
+    by_wid = {unit.wid: unit for unit in units}
+    entries = []
+    for unit in units:
+        ended = unit.ended if unit.state in ENDED else time.time()
+        seconds = None if unit.started is None or ended is None else ended - unit.started
+        entries.append(UnitEntry(
+            unit.wid, unit.name, look.shown_state(unit, by_wid), unit.attempt, seconds, Path(unit.workdir),
+            look.last_lines(unit.log, look.LAST_LINES) if unit.state == "failed" else (),
+        ))  # fmt: skip
+    counts = Counter(unit.state for unit in units)
+    launched = time.strftime("%Y-%m-%d %H:%M", time.localtime(experiment.created))
+    states = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+    note = f"Launched {launched} on {experiment.executor}; {len(units)} work units: {states}."
+    path = store.directory(experiment.xid) / REPORT_FILE
+    title = f"Experiment {experiment.xid}: {experiment.title}"
+    write_experiment(
+        path, title, note, entries, [*own_sections(path.parent), *isoflop_sections(path.parent)]
+    )
+    return path
+
+
+def own_sections(folder: Path) -> list[Section]:
+    """What units wrote as <experiment>/sections/TITLE.html, as it is."""
+    return [
+        Section(path.stem, path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob(f"{SECTIONS}/*.html"))
+    ]
+
+
+def isoflop_sections(folder: Path) -> list[Section]:
+    """The fit of the table of runs that a unit left in the experiment's folder, if one did."""
+    if not (path := folder / RUNS_FILE).exists():
+        return []
+    try:
+        runs = read_runs(path)
+        fit = isoflop.fit_isoflop(runs, isoflop.Options(REACH * runs.budgets.max(), RESAMPLES))
+    except UserError as error:
+        return [Section("IsoFLOP", f'<p class="note">{html.escape(str(error))}</p>')]
+    if not fit.methods:
+        reasons = html.escape("; ".join(fit.warnings))
+        return [Section("IsoFLOP", f'<p class="note">No method fits: {reasons}</p>')]
+    return [Section("IsoFLOP", plots_html("isoflop", isoflop_plots(fit)))]

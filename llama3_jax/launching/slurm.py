@@ -1,0 +1,227 @@
+"""Slurm as the executor: array jobs, their dependencies, and what becomes of them.
+
+Units that need the same and wait for the same become one array job. Jobs run
+launching/slurm_job.py; they write what became of their unit into <experiment>/slurm/, and the queue
+learns it from there and from squeue. The root folder must be on a file system that the nodes share,
+and the queue in it used from one login node at a time.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama3_jax.errors import UserError
+from llama3_jax.launching.slurm_job import read_record, stop_file
+from llama3_jax.launching.store import ENDED, Experiment, Store, Unit
+
+SECONDS_TO_SAVE = 120
+# Slurm's usual MaxArraySize is 1,001.
+ARRAY_SIZE = 1_000
+
+
+def require() -> None:
+    """Raises UserError where there is no Slurm, or it doesn't answer."""
+    if not shutil.which("sbatch"):
+        raise UserError(
+            "--executor=slurm: there is no Slurm here (no sbatch); use --executor=local"
+        )
+    _slurm("sinfo", "--noheader")
+
+
+def submit(store: Store, experiment: Experiment) -> None:
+    """Submits all queued units that have no job yet."""
+    folder = store.directory(experiment.xid) / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        units = store.units(experiment.xid)
+        by_wid = {unit.wid: unit for unit in units}
+
+        def submittable(unit: Unit, by_wid=by_wid) -> bool:
+            earlier = [by_wid[wid] for wid in unit.after]
+            return (
+                unit.state == "queued"
+                and unit.job is None
+                and all(e.state == "done" or (e.job and e.state not in ENDED) for e in earlier)
+            )
+
+        chosen = sorted(filter(submittable, units), key=_group_key)
+        if not chosen:
+            return
+        for _, group in itertools.groupby(chosen, key=_group_key):
+            members = list(group)
+            for first in range(0, len(members), ARRAY_SIZE):
+                part = members[first : first + ARRAY_SIZE]
+                _submit_array(store, experiment, folder, part, by_wid)
+
+
+def _group_key(unit: Unit) -> str:
+    return json.dumps([unit.requirements, unit.after], sort_keys=True)
+
+
+def _submit_array(
+    store: Store, experiment: Experiment, folder: Path, units: Sequence[Unit],
+    by_wid: dict[int, Unit],
+) -> None:  # fmt: skip
+    """One array job; where a launcher was killed between sbatch and its note, that job's number."""
+    said = [str(store.root), [(unit.id, unit.attempt) for unit in units]]
+    name = "l3-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    number = _number_of(name, folder)
+    if number is None:
+        file = folder / f"{name}.units.json"
+        file.write_text(json.dumps([_described(unit) for unit in units]))
+        for unit in units:
+            stop_file(folder, unit.wid).unlink(missing_ok=True)
+        number = _sbatch(experiment, folder, name, file, units, by_wid)
+        (folder / f"{name}.job").write_text(number)
+    store.submitted({unit.id: f"{number}_{index}" for index, unit in enumerate(units)})
+
+
+def _number_of(name: str, folder: Path) -> str | None:
+    if (note := folder / f"{name}.job").exists():
+        return note.read_text()
+    found = _slurm("squeue", "--noheader", f"--name={name}", "--format=%F").split()
+    return found[0] if found else None
+
+
+def _described(unit: Unit) -> dict:
+    return {
+        "xid": unit.xid, "wid": unit.wid, "command": unit.command, "workdir": unit.workdir,
+        "log": str(unit.log), "environment": unit.environment, "retries": unit.retries,
+        "requirements": unit.requirements,
+    }  # fmt: skip
+
+
+def sbatch_options(
+    experiment: Experiment, folder: Path, name: str, units: Sequence[Unit], by_wid: dict[int, Unit]
+) -> list[str]:
+    """What sbatch is told of an array of units that need, and wait for, the same."""
+    needs = units[0].requirements
+    options = [
+        "--parsable", f"--job-name={name}", f"--array=0-{len(units) - 1}",
+        f"--comment=experiment {experiment.xid} {experiment.title}", f"--chdir={experiment.cwd}",
+        f"--output={folder}/%A_%a.out", "--open-mode=append", "--requeue",
+        f"--signal=TERM@{SECONDS_TO_SAVE}", f"--nodes={needs['nodes']}",
+        f"--ntasks-per-node={needs['tasks_per_node']}", f"--cpus-per-task={needs['cpus']}",
+    ]  # fmt: skip
+    if needs["gpus"]:
+        options.append(f"--gpus-per-node={needs['gpus'] * needs['tasks_per_node']}")
+    if needs["memory_gb"]:
+        options.append(f"--mem={needs['memory_gb']}G")
+    if needs["minutes"]:
+        options.append(f"--time={needs['minutes']}")
+    earlier = [by_wid[wid] for wid in units[0].after]
+    if waiting := [unit.job for unit in earlier if unit.state != "done"]:
+        options += [f"--dependency=afterok:{':'.join(waiting)}", "--kill-on-invalid-dep=yes"]
+    return [*options, *needs["slurm"]]
+
+
+def _sbatch(
+    experiment: Experiment, folder: Path, name: str, file: Path, units: Sequence[Unit],
+    by_wid: dict[int, Unit],
+) -> str:  # fmt: skip
+    script = folder / f"{name}.sh"
+    script.write_text(
+        f"#!/bin/bash\nexec '{sys.executable}' -m llama3_jax.launching.slurm_job '{file}'\n"
+    )
+    # Variables of a job that the launcher itself may be in would be taken for options.
+    environment = {
+        key: value for key, value in experiment.environment.items()
+        if not key.startswith(("SLURM_", "SBATCH_")) or key == "SLURM_CONF"
+    }  # fmt: skip
+    options = sbatch_options(experiment, folder, name, units, by_wid)
+    printed = _slurm("sbatch", *options, str(script), environment=environment)
+    return printed.strip().partition(";")[0]
+
+
+def refresh(store: Store, experiment: Experiment) -> None:
+    """Brings the queue up to date with what the jobs wrote and with squeue."""
+    units = [u for u in store.units(experiment.xid) if u.job and u.state not in ENDED]
+    if not units:
+        return
+    folder = store.directory(experiment.xid) / "slurm"
+    present = _jobs({unit.job.partition("_")[0] for unit in units})
+    for unit in units:
+        record = read_record(folder, unit.wid)
+        record = record if record.get("job") == unit.job else {}
+        known = {key: record[key] for key in ("started", "ended", "exit_code") if key in record}
+        if "starts" in record:
+            known["attempt"] = record["starts"]
+        if record.get("state") in ENDED:
+            store.observed(unit.id, state=record["state"], **known)
+        elif unit.job in present:
+            running = present[unit.job] in ("RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED")
+            store.observed(unit.id, state="running" if running else "queued", **known)
+        elif read_record(folder, unit.wid).get("state") not in ENDED:  # else it ended just now
+            _gone(store, unit, known)
+
+
+def _gone(store: Store, unit: Unit, known: dict) -> None:
+    """A job that Slurm has no more and that wrote no end: cancelled, out of time, or killed."""
+    if unit.stop:
+        store.observed(unit.id, state="stopped", **known)
+        return
+    earlier = {u.wid: u for u in store.units(unit.xid)}
+    if any(earlier[wid].state != "done" for wid in unit.after):
+        store.observed(unit.id, state="queued", job=None, **known)  # never began: waits on
+        return
+    with open(unit.log, "a", encoding="utf-8") as log:
+        log.write(f"error: Slurm ended job {unit.job} ({_reason(unit.job)})\n")
+    store.observed(unit.id, state="failed", **known)
+
+
+def _reason(job: str) -> str:
+    try:
+        shown = _slurm("scontrol", "--oneliner", "show", "job", job)
+    except UserError:
+        return "it is known no more"
+    fields = dict(field.split("=", 1) for field in shown.split() if "=" in field)
+    return ", ".join(fields[key] for key in ("JobState", "Reason") if key in fields)
+
+
+def stop(store: Store, experiment: Experiment) -> None:
+    """Ends the jobs of units that are to stop: those that run save first."""
+    folder = store.directory(experiment.xid) / "slurm"
+    units = [u for u in store.units(experiment.xid) if u.job and u.stop and u.state not in ENDED]
+    if not units:
+        return
+    for unit in units:
+        stop_file(folder, unit.wid).touch()
+    present = _jobs({unit.job.partition("_")[0] for unit in units})
+    for unit in units:
+        if present.get(unit.job) == "PENDING":
+            _slurm("scancel", unit.job)
+        elif unit.job in present:
+            _slurm("scancel", "--signal=TERM", unit.job)  # to the steps alone
+
+
+def _jobs(numbers: set[str]) -> dict[str, str]:
+    """State of each job of these arrays that Slurm still has, as "12_3": "RUNNING"."""
+    listed = _slurm("squeue", "--noheader", "--array", "--format=%F_%K %T", "--states=all")
+    jobs = dict(line.split() for line in listed.splitlines() if line.split("_")[0] in numbers)
+    ended = (
+        "COMPLETED",
+        "CANCELLED",
+        "FAILED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "DEADLINE",
+    )
+    return {job: state for job, state in jobs.items() if state not in ended}
+
+
+def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    except FileNotFoundError:
+        raise UserError(f"there is no Slurm here (no {command[0]})") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Slurm does not answer: {command[0]} took over 60 s") from None
+    if done.returncode:
+        raise UserError(f"{command[0]}: {done.stderr.strip() or done.returncode}")
+    return done.stdout

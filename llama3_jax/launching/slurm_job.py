@@ -1,0 +1,92 @@
+"""Runs one work unit inside a Slurm job, and queues the job again where the unit asks for it.
+
+    python -m llama3_jax.launching.slurm_job UNITS.json      # a task of an array job
+
+`srun` starts the unit's processes on all nodes of the job, and the trainer finds them by
+jax.distributed. Before a time limit, or when the job is preempted, Slurm sends SIGTERM to these;
+the trainer saves and exits with 75, and this program requeues the job, which goes on from there.
+What became of the unit is written beside UNITS.json, for the launcher to read. The standard library
+alone.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llama3_jax.launching.runner import MARK
+from llama3_jax.launching.store import outcome
+
+
+def main(units_file: Path) -> int:
+    unit = json.loads(units_file.read_text())[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    folder = units_file.parent
+    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    before = read_record(folder, unit["wid"])
+    record = before if before.get("job") == job else {"job": job, "starts": 0, "failures": 0}
+    # The processes have their own SIGTERM from Slurm; a second one would end them at once.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    record |= {"state": "running", "starts": record["starts"] + 1, "started": time.time()}
+    write_record(folder, unit["wid"], record)
+    code = run(unit, record["starts"])
+    stopping = stop_file(folder, unit["wid"]).exists()
+    state, failures = outcome(code, stopping, record["failures"], unit["retries"])
+    record |= {"state": state, "failures": failures, "exit_code": code, "ended": time.time()}
+    write_record(folder, unit["wid"], record)
+    if state != "queued":
+        return 0 if state == "done" else 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(60)  # Slurm ends this job meanwhile
+    return 1
+
+
+def run(unit: dict[str, Any], start: int) -> int:
+    """Runs the unit's processes; returns the largest of their exit codes."""
+    needs = unit["requirements"]
+    command = [
+        "srun", f"--nodes={needs['nodes']}", f"--ntasks-per-node={needs['tasks_per_node']}",
+        f"--ntasks={needs['nodes'] * needs['tasks_per_node']}",
+        f"--cpus-per-task={needs['cpus']}", "--kill-on-bad-exit=0", *unit["command"],
+    ]  # fmt: skip
+    own = {MARK: f"{unit['xid']}/{unit['wid']}", "PYTHONUNBUFFERED": "1"}
+    Path(unit["workdir"]).mkdir(parents=True, exist_ok=True)
+    log_path = Path(unit["log"])
+    log_path.parent.mkdir(exist_ok=True)
+    with open(log_path, "ab") as log:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        log.write(f"--- start {start}, {when}: {' '.join(command)}\n".encode())
+        log.flush()
+        code = subprocess.call(
+            command, env=os.environ | own | unit["environment"], stdout=log,
+            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    return 128 - code if code < 0 else code
+
+
+# ------------------------------------------------------------------------- files of a job's units
+
+
+def read_record(folder: Path, wid: int) -> dict[str, Any]:
+    """What a unit's job last wrote; empty before it began."""
+    path = folder / f"{wid}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(folder: Path, wid: int, record: dict[str, Any]) -> None:
+    temporary = folder / f".{wid}.json.{os.getpid()}"
+    temporary.write_text(json.dumps(record))
+    os.replace(temporary, folder / f"{wid}.json")
+
+
+def stop_file(folder: Path, wid: int) -> Path:
+    """Exists where a person asked to stop the unit: then it is not queued again."""
+    return folder / f"{wid}.stop"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
