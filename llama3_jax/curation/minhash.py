@@ -37,6 +37,7 @@ class MinhashConfig(Config):
     those under `similarity` are then told apart. The paper gives no numbers. Others: 14 × 8 without
     verification (FineWeb, Penedo et al. 2024) finds half at 0.72; 42 × 3 with similarity 0.35 finds
     a page of which every tenth word was changed (J = 0.42 with shingles of 5).
+    Documents of the sources in `prefer` survive those of others.
     `edges_in_memory` is the number of edges above which components are found by rounds.
     """
 
@@ -46,6 +47,7 @@ class MinhashConfig(Config):
     verify: bool = True
     similarity: float = Field(0.7, gt=0, le=1)
     survivor: survivors.Rule = "newest"
+    prefer: tuple[str, ...] = ()
     within_language: bool = True
     seed: int = Field(1, ge=0)
     edges_in_memory: int = Field(50_000_000, ge=0)
@@ -60,7 +62,7 @@ def minhash(frame: daft.DataFrame, config: MinhashConfig, scratch: Path) -> daft
     else:
         nodes = components.by_rounds(edges, scratch)
     nodes = nodes.select(col("node").alias("doc"), "component")
-    ranked = frame.select("doc", survivors.rank(config.survivor).alias("rank")).join(
+    ranked = frame.select("doc", survivors.rank(config.survivor, config.prefer).alias("rank")).join(
         nodes, on="doc"
     )
     ranked = ranked.collect()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llama3_jax.reporting import evaluation, survival, tokenizers
+from llama3_jax.reporting import curation, evaluation, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
 from llama3_jax.reporting.records import require_run
 
@@ -20,6 +20,7 @@ def curation_sections(workdir: Path) -> list[Section]:
 
 # Each gives sections where the run's folder holds what it shows, and none where it does not.
 PARTS: tuple[Callable[[Path], list[Section]], ...] = (
+    curation.sections,
     evaluation.sections,
     survival.sections,
     curation_sections,

@@ -2,8 +2,10 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import random_documents, write_jsonl
+from conftest import random_documents
 
 from experiments.demo import recall, run
 from experiments.demo.train import SOURCES, VOCAB_SIZE, get_config
@@ -20,7 +22,6 @@ from llama3_jax.schema import parse
 def prepared(tmp_path_factory):
     """The demo's parts up to training, on small made text."""
     folder = tmp_path_factory.mktemp("demo")
-    (folder / "corpus").mkdir()
     random = np.random.default_rng(0)
     for seed, source in enumerate(SOURCES):
         documents = random_documents(source, 150, seed)
@@ -28,7 +29,10 @@ def prepared(tmp_path_factory):
         for identifier in documents:
             words = ("".join(random.choice(list("abcdefghijklmnop"), 6)) for _ in range(60))
             documents[identifier] += " " + " ".join(words)
-        write_jsonl(folder / "corpus" / f"{source}.jsonl", documents)
+        curated = folder / "curation" / "documents" / source
+        curated.mkdir(parents=True)
+        columns = {"doc": [*documents], "text": [*documents.values()]}
+        pq.write_table(pa.table(columns), curated / "part-00000.parquet")
     run.train_tokenizer(folder / "tokenizer_4k")
     run.tokenize(folder / "tokens")
     run.count_baselines(folder / run.BASELINES_FILE)
