@@ -59,7 +59,7 @@ FLAGS = flags.FLAGS
 console = Console(width=180, highlight=False)
 LIKE_PEER = minhash.MinhashConfig(bands=14, rows=8, verify=False, within_language=False)
 STAGES = {
-    "urls": (urls.urls, urls.UrlsConfig(), "ours also makes them canonical; 88 domains, theirs 4.6 million and words"),
+    "urls": (urls.urls, urls.UrlsConfig(), "ours also makes them canonical; its lists are small"),
     "url_dedup": (url_dedup.url_dedup, url_dedup.UrlDedupConfig(), "ours keeps the newest"),
     "languages": (languages.languages, languages.LanguagesConfig(), "ours reads 1,000 characters, theirs all"),
     "minhash": (minhash.minhash, LIKE_PEER, "both 14 bands of 8, unverified"),
@@ -70,6 +70,7 @@ STAGES = {
     "safety": (safety.safety, safety.SafetyConfig(), "ours counts, theirs stops at the first word"),
     "pii": (pii.pii, pii.PiiConfig(), "ours six kinds, theirs e-mail and IP"),
 }  # fmt: skip
+_CJK = "\u3040-\u30ff\u4e00-\u9fff"
 WITHOUT_PEER = ("minhash, verified", "divergence")
 
 
@@ -229,9 +230,8 @@ CONFIGS = {
 
 
 def edited(text: str, share: float, pool: list[str], rng: random.Random) -> str:
-    pieces = (
-        re.split(r"(\s+)", text) if " " in pool[0] + pool[1] or len(pool[0]) > 1 else list(text)
-    )
+    """`share` of the words, or of the characters of Chinese and Japanese, replaced by others."""
+    pieces = re.findall(rf"[{_CJK}]|[^\s{_CJK}]+|\s+", text)
     return "".join(
         rng.choice(pool) if piece.strip() and rng.random() < share else piece for piece in pieces
     )
@@ -256,11 +256,7 @@ def measure_edits(table: pa.Table, work: Path) -> None:
         rows = [row for row in rows if kept[row["doc"]] == row["doc"]]
         rows = rng.sample(rows, min(FLAGS.families, len(rows)))
         joined = "\n".join(row["text"] for row in rows)
-        pool = (
-            joined.split()
-            if script == "Latin"
-            else re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", joined)
-        )
+        pool = joined.split() if script == "Latin" else re.findall(f"[{_CJK}]", joined)
         planted, everything = {}, list(rows)
         for share, row in itertools.product((0.01, 0.03, 0.1), rows):
             doc = hashlib.md5(f"{share} {row['doc']}".encode()).hexdigest()
