@@ -21,6 +21,7 @@ Jaccard similarity of the two pages' shingles is below 0.5.
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -118,6 +119,10 @@ def _add(rows: dict[str, dict], html: bytes, url: str, source: str) -> None:
         rows[doc] = {"doc": doc, "url": url, "time": "", "source": source, "text": outcome.text, "title": "", "language": ""}  # fmt: skip
 
 
+def scratch(work: Path) -> Path:
+    return work / f"scratch-{os.getpid()}"
+
+
 class Peer:
     """datatrove in its own process, asked for one stage at a time."""
 
@@ -167,13 +172,13 @@ def measure_speed(table: pa.Table, work: Path) -> None:
     ours: dict[str, list[float]] = {name: [] for name in STAGES}
     theirs: dict[str, list[float]] = {name: [] for name in STAGES}
     for stage, config, _ in STAGES.values():  # first use, left out
-        stage(daft.read_parquet(str(source)).limit(50), config, work / "scratch").collect()
+        stage(daft.read_parquet(str(source)).limit(50), config, scratch(work)).collect()
     for _, name in track(
         list(itertools.product(range(FLAGS.rounds), STAGES)), "speed", console=console
     ):
         stage, config, _ = STAGES[name]
         start = time.process_time()
-        stage(daft.read_parquet(str(source)), config, work / "scratch").collect()
+        stage(daft.read_parquet(str(source)), config, scratch(work)).collect()
         ours[name].append(time.process_time() - start)
         if peer and name not in WITHOUT_PEER:
             theirs[name].append(peer.seconds(name))
@@ -213,7 +218,7 @@ def similarity(one: set, other: set) -> float:
 
 
 def survivors(table: pa.Table, config: minhash.MinhashConfig, work: Path) -> dict[str, str]:
-    found = minhash.minhash(daft.from_arrow(table), config, work / "scratch").to_pylist()
+    found = minhash.minhash(daft.from_arrow(table), config, scratch(work)).to_pylist()
     return {row["doc"]: row["minhash_survivor"] or row["doc"] for row in found}
 
 
@@ -346,7 +351,7 @@ def main(argv) -> None:
         if part not in measures:
             raise UserError(f"--parts={part}: known are {', '.join(measures)}")
         measures[part](table, work)
-    shutil.rmtree(work / "scratch", ignore_errors=True)
+    shutil.rmtree(scratch(work), ignore_errors=True)
 
 
 if __name__ == "__main__":
