@@ -27,6 +27,7 @@ from llama3_jax.curation import config as configs
 from llama3_jax.curation import engine, explain, run
 from llama3_jax.curation.commands import COMMANDS
 from llama3_jax.curation.label import Judge
+from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.errors import UserError
 from llama3_jax.reporting import curation as reporting
 from llama3_jax.training.loading import load_with_tokenizer
@@ -59,7 +60,7 @@ def main(_) -> None:
     funnel = run.run(config, stages, workdir, FLAGS.sample)
     print("\n".join(run.damage(funnel)))
     page = reporting.write_page(workdir)
-    print(f"{workdir / run.DOCUMENTS}, {page}")
+    print(f"{workdir / DOCUMENTS}, {page}")
 
 
 def load_judge(path: Path, tokenizer: str | None) -> Judge:

@@ -23,5 +23,17 @@ def get_config(folder: str = "debian_pages"):
             math=pages("python-sympy-doc", "python-scipy-doc"),
             multilingual=pages(*helps, "debian-handbook"),
         ),
-        stages=dict(extract={}),
+        stages=dict(
+            extract={},
+            urls={},
+            url_dedup={},
+            languages=dict(exempt_sources=("code", "math")),
+            # Translations hold many pages in English: those of the other sources are the originals.
+            minhash=dict(prefer=("math", "code", "general")),
+            lines={},
+            gopher={},
+            divergence={},
+            safety={},
+            pii={},
+        ),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Web archives to documents: all stages at their published settings.
+"""Web archives to documents: the stages that need no trained classifier, at published settings.
 
     python -m llama3_jax.curate --config=experiments/curation/web.py:crawl --workdir=runs/web
 
@@ -11,5 +11,8 @@ from llama3_jax.curation.config import curation_config
 def get_config(folder: str = "crawl"):
     return curation_config(
         inputs={"web": dict(paths=(folder,))},
-        stages=dict(extract={}),
-    )
+        stages=dict(
+            extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}, gopher={},
+            divergence={}, safety={}, pii={},
+        ),
+    )  # fmt: skip

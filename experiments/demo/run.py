@@ -20,20 +20,29 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo import corpus, ladder
+from experiments.demo import cloze, corpus, ladder, recall
+from experiments.demo.curation import get_config as get_curation
 from experiments.demo.train import SOURCES, VOCAB_SIZE
 from llama3_jax import cli
+from llama3_jax.curation import config as configs
+from llama3_jax.curation import engine
+from llama3_jax.curation import run as curation
+from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.corpus import Corpus
+from llama3_jax.data.documents import Fields
 from llama3_jax.evaluation.ngram import NgramModel
 from llama3_jax.files import write_json
+from llama3_jax.reporting import curation as curation_pages
 from llama3_jax.reporting import tokenizers
 from llama3_jax.reporting.run import write_run_report
 from llama3_jax.training.metrics import read_metrics
 
 HOLDOUT = 0.03
 SPECIALS = 16
+FIELDS = Fields("text", "doc", "language")
 BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
+RECALL_DOCUMENTS, QUESTIONS = 6_000, 20
 BASELINES_FILE = "baselines.json"
 CONFIG = Path(__file__).with_name("train.py")
 
@@ -49,10 +58,13 @@ def define_flags() -> None:
 def main(_) -> int:
     workdir = Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    part("collect real text from installed packages", workdir / "corpus", collect)
+    part("collect real pages and text from installed packages", workdir / "corpus", collect)
+    part("curate them", workdir / curation_pages.FOLDER, curate)
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
+    part("make documents that ask for what they said", workdir / "tokens" / "recall", make_recall)
+    part("make questions of held-out text", workdir / "cloze.jsonl", make_questions)
     if FLAGS.prepare:
         return 0
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
@@ -88,13 +100,20 @@ def collect(result: Path) -> None:
         console.print(f"{source}: {each}")
 
 
+def curate(result: Path) -> None:
+    """The curation door's work: pages to documents, and what became of them."""
+    engine.start()
+    curation.run(*configs.parse(get_curation(str(result.parent))), result, say=console.print)
+    curation_pages.write_page(result)
+
+
 def train_tokenizer(result: Path) -> None:
     """Byte-pair merging, from the bytes on, of the documents that are not held out."""
     trained, record = tokenizer_training.train(
         corpus_files(result.parent),
         tokenizer_training.BYTES,
         VOCAB_SIZE - SPECIALS - len(tokenizer_training.BYTES),
-        tokenizer_training.Options(holdout=HOLDOUT, specials=SPECIALS),
+        tokenizer_training.Options(FIELDS, holdout=HOLDOUT, specials=SPECIALS),
     )
     tokenizer_training.save(trained, record, result)
 
@@ -102,26 +121,46 @@ def train_tokenizer(result: Path) -> None:
 def measure_tokenizer(result: Path) -> None:
     """Its compression by source and language, for the report."""
     paths = {"demo": str(result.parent / "tokenizer_4k")}
-    tokenizer_stats.save(*tokenizer_stats.measure(corpus_files(result.parent), paths), result)
+    measured = tokenizer_stats.measure(corpus_files(result.parent), paths, FIELDS)
+    tokenizer_stats.save(*measured, result)
 
 
-def corpus_files(workdir: Path) -> list[Path]:
-    return [workdir / "corpus" / f"{source}.jsonl" for source in SOURCES]
+def corpus_files(workdir: Path, *sources: str) -> list[Path]:
+    """The curated documents of some sources, or of all."""
+    folder = workdir / curation_pages.FOLDER / DOCUMENTS
+    files = [sorted((folder / source).glob("*.parquet")) for source in sources or SOURCES]
+    return [file for of_source in files for file in of_source]
 
 
 def tokenize(result: Path) -> None:
     for source in SOURCES:
         infos = tokenizing.tokenize(
-            [result.parent / "corpus" / f"{source}.jsonl"],
+            corpus_files(result.parent, source),
             result / source,
             result.parent / "tokenizer_4k",
-            tokenizing.Options(holdout=HOLDOUT),
+            tokenizing.Options(FIELDS.text, FIELDS.id, HOLDOUT),
         )
         each = ", ".join(
             f"{split} {info.documents:,} documents, {info.tokens:,} tokens"
             for split, info in infos.items()
         )
         console.print(f"{source}: {each}")
+
+
+def make_recall(result: Path) -> None:
+    """Key-value documents (experiments/demo/recall.py), tokenised."""
+    workdir = result.parent.parent
+    text = workdir / "corpus" / "recall.jsonl"
+    recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
+    options = tokenizing.Options(holdout=HOLDOUT)
+    infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)
+    console.print(f"{infos['train'].documents:,} documents, {infos['train'].tokens:,} tokens")
+
+
+def make_questions(result: Path) -> None:
+    """Which passage goes on? Asked of held-out text, by the gates and in the report."""
+    held_out = {name: result.parent / "tokens" / name / "validation" for name in SOURCES}
+    cloze.write(held_out, result, QUESTIONS)
 
 
 def count_baselines(result: Path) -> None:
@@ -184,9 +223,15 @@ def summarise(workdir: Path) -> None:
     for column in ("source", *baselines, "this model", "bits per byte"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, loss in final["losses"].items():
+        if source not in SOURCES:
+            continue
         counted = [f"{baselines[name][source]:.3f}" for name in baselines]
         table.add_row(source, *counted, f"{loss:.3f}", f"{final['bits_per_byte'][source]:.3f}")
     console.print(table)
+    for record in records:
+        if record["kind"] == "evaluation" and "needle" in record:
+            found = f"{record['needle']['found']} of {record['needle']['asked']}"
+            console.print(f"needles found by the {record['model']} model: {found}")
     samples = [record for record in records if record["kind"] == "sample"][-1]["samples"]
     for sample in samples:
         console.print(f"[bold]{sample['prompt']!r}[/bold] goes on: {sample['text']!r}")

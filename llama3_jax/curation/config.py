@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from llama3_jax import schema
 from llama3_jax.curation import registry
+from llama3_jax.curation.mix import MixConfig
 from llama3_jax.curation.page.extract import MAX_BYTES
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
@@ -49,11 +50,21 @@ class Tokens(Config):
 
 
 class CurationConfig(Config):
-    """`inputs` by source name; `stages`, each with its own config, run in the registry's order."""
+    """`inputs` by source name; `stages`, each with its own config, run in the registry's order.
+
+    `mix` plans the sources' weights in a training run from the tokens that came out.
+    """
 
     inputs: Mapping[Name, Input] = pydantic.Field(min_length=1)
     stages: Mapping[str, Any]
     tokens: Tokens = Tokens()
+    mix: MixConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _mixed_from_shards(self) -> "CurationConfig":
+        if self.mix and not self.tokens.tokenizer:
+            raise ValueError("mix counts tokens: it needs tokens.tokenizer")
+        return self
 
     @pydantic.field_validator("stages")
     @classmethod

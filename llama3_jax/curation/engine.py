@@ -44,15 +44,15 @@ def spread(jobs: daft.DataFrame, number: int) -> daft.DataFrame:
 
 def patient(attempt: Callable[[], ResultT]) -> ResultT:
     """`attempt()`, again where a cluster lost a worker on the way: it must start from the start."""
-    for number in range(1, ATTEMPTS + 1):
+    for number in range(1, ATTEMPTS):
         try:
             return attempt()
         except Exception as error:
-            if number == ATTEMPTS or not _lost_worker(error):
+            if not _lost_worker(error):
                 raise
             logging.warning("a worker was lost, attempt %d follows: %s", number + 1, error)
             time.sleep(2 * number)
-    raise AssertionError
+    return attempt()
 
 
 def _lost_worker(error: BaseException) -> bool:

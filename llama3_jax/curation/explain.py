@@ -7,11 +7,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import w3lib.url
 
+from llama3_jax.curation import urls
+from llama3_jax.curation.layout import STAGES, files
 from llama3_jax.curation.page import encoding
-from llama3_jax.curation.parts import files
-from llama3_jax.curation.run import STAGES
 from llama3_jax.errors import UserError
 
 SHOWN = 2_000  # characters of a page's markup, or of its text
@@ -53,11 +52,18 @@ def _find(stage: Path, column: str, value: str) -> list[dict[str, Any]]:
 
 def _alike(stage: Path, url: str) -> list[dict[str, Any]]:
     """Rows whose URLs differ from this one in form only."""
-    wanted, urls = w3lib.url.canonicalize_url(url), set()
+    wanted, found = _canonical(url), set()
     for path in files(stage / "kept") + files(stage / "rejected"):
         each = pq.ParquetFile(path).read(["url"])["url"].to_pylist()
-        urls.update(u for u in each if u and w3lib.url.canonicalize_url(u) == wanted)
-    return [row for found in sorted(urls) for row in _find(stage, "url", found)]
+        found.update(u for u in each if u and _canonical(u) == wanted)
+    return [row for each in sorted(found) for row in _find(stage, "url", each)]
+
+
+def _canonical(url: str) -> str:
+    try:
+        return urls.canonical(url, urls.UrlsConfig())
+    except ValueError:
+        return url
 
 
 def _story(stages: list[Path], first: dict[str, Any]) -> str:

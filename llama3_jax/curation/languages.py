@@ -20,7 +20,7 @@ from pydantic import Field
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
 
-VERSION = 1
+VERSION = 2
 _LABEL = "__label__"
 _PROSE = 20_000  # characters in which prose is looked for
 
@@ -29,7 +29,9 @@ class LanguagesConfig(Config):
     """Below `threshold` (0.5 as ccNet, Wenzek et al. 2020, sec. 3.2) a document's language is unsure.
 
     `thresholds` sets it by language. With `keep`, other languages are rejected. Of each document
-    `samples` pieces of `sample_characters` characters, evenly spread, are read.
+    `samples` pieces of `sample_characters` characters, evenly spread, are read. Documents of
+    `exempt_sources` are never rejected as unsure, but stay without a language: code and formulas
+    hide any.
     """
 
     threshold: float = Field(0.5, ge=0, le=1)
@@ -37,6 +39,7 @@ class LanguagesConfig(Config):
     keep: tuple[str, ...] = ()
     samples: int = Field(8, ge=2)
     sample_characters: int = Field(125, ge=1)
+    exempt_sources: tuple[str, ...] = ()
 
 
 def languages(frame: daft.DataFrame, config: LanguagesConfig, scratch: Path) -> daft.DataFrame:
@@ -49,7 +52,7 @@ def languages(frame: daft.DataFrame, config: LanguagesConfig, scratch: Path) -> 
     for key, names in (("thresholds", config.thresholds), ("keep", config.keep)):
         if unknown := sorted(set(names) - known):
             raise UserError(f"languages.{key}: {unknown[0]!r} is none of {' '.join(sorted(known))}")
-    frame = frame.with_column("_languages", _Languages(config)(col("text")))
+    frame = frame.with_column("_languages", _Languages(config)(col("text"), col("source")))
     columns = {"language": "language", "languages_score": "score", "reason": "reason"}
     frame = frame.with_columns({name: col("_languages").get(key) for name, key in columns.items()})
     return frame.exclude("_languages")
@@ -111,8 +114,11 @@ class _Languages:
         ),
         batch_size=1024,
     )
-    def __call__(self, text: daft.Series) -> pa.Array:
+    def __call__(self, text: daft.Series, source: daft.Series) -> pa.Array:
         rows = [self.judge(one or "") for one in text.to_pylist()]
+        for row, name in zip(rows, source.to_pylist(), strict=True):
+            if row["reason"] == "languages_uncertain" and name in self.config.exempt_sources:
+                row |= {"language": "", "reason": None}
         fields = {"language": pa.string(), "score": pa.float64(), "reason": pa.string()}
         return pa.array(rows, pa.struct(fields))
 

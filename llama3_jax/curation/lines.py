@@ -116,19 +116,23 @@ class _Hashes:
         batch_size=1024,
     )
     def __call__(self, text: daft.Series) -> pa.Array:
-        pieces = words.Pieces(text.to_arrow(), "\n")
-        full = np.flatnonzero(pieces.ends > pieces.starts)
-        hashes = pieces.hashes(full, 1)
-        document = pieces.documents[full]
-        order = np.lexsort((full, hashes, document))
-        first = np.ones(len(full), bool)
-        first[order[1:]] = (np.diff(hashes[order]) != 0) | (np.diff(document[order]) != 0)
-        offsets = np.searchsorted(full, pieces.offsets)
-        index = full - pieces.offsets[document]
-        lists = [
-            pa.LargeListArray.from_arrays(offsets, column) for column in (index, hashes, first)
-        ]
+        text = text.to_arrow()
+        parts = [self.lines(text[part]) for part in words.slices(text)]
+        counts, *columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        lists = [pa.LargeListArray.from_arrays(offsets, column) for column in columns]
         return pa.StructArray.from_arrays(lists, _LINE)
+
+    @staticmethod
+    def lines(text: pa.Array) -> tuple[np.ndarray, ...]:
+        """How many lines each document has that are not empty; of these index, hash, first."""
+        pieces = words.Pieces(text, "\n")
+        full = np.flatnonzero(pieces.ends > pieces.starts)
+        hashes, document = pieces.hashes(full, 1), pieces.documents[full]
+        first = np.zeros(len(full), bool)
+        first[np.unique(words.within(hashes, document), return_index=True)[1]] = True
+        counts = np.diff(np.searchsorted(full, pieces.offsets))
+        return counts, full - pieces.offsets[document], hashes, first
 
 
 @daft.func.batch(return_dtype=daft.DataType.string())

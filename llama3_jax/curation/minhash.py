@@ -37,6 +37,7 @@ class MinhashConfig(Config):
     those under `similarity` are then told apart. The paper gives no numbers. Others: 14 × 8 without
     verification (FineWeb, Penedo et al. 2024) finds half at 0.72; 42 × 3 with similarity 0.35 finds
     a page of which every tenth word was changed (J = 0.42 with shingles of 5).
+    Documents of the sources in `prefer` survive those of others.
     `edges_in_memory` is the number of edges above which components are found by rounds.
     """
 
@@ -46,6 +47,7 @@ class MinhashConfig(Config):
     verify: bool = True
     similarity: float = Field(0.7, gt=0, le=1)
     survivor: survivors.Rule = "newest"
+    prefer: tuple[str, ...] = ()
     within_language: bool = True
     seed: int = Field(1, ge=0)
     edges_in_memory: int = Field(50_000_000, ge=0)
@@ -60,7 +62,7 @@ def minhash(frame: daft.DataFrame, config: MinhashConfig, scratch: Path) -> daft
     else:
         nodes = components.by_rounds(edges, scratch)
     nodes = nodes.select(col("node").alias("doc"), "component")
-    ranked = frame.select("doc", survivors.rank(config.survivor).alias("rank")).join(
+    ranked = frame.select("doc", survivors.rank(config.survivor, config.prefer).alias("rank")).join(
         nodes, on="doc"
     )
     ranked = ranked.collect()
@@ -133,7 +135,15 @@ class _Shingles:
 
     @daft.method.batch(return_dtype=daft.DataType.list(daft.DataType.uint64()), batch_size=512)
     def __call__(self, text: daft.Series) -> pa.Array:
-        batch = words.Pieces(text.to_arrow())
+        text = text.to_arrow()
+        sets = [one for part in words.slices(text) for one in self.sets(text[part])]
+        offsets = np.cumsum([0, *(len(one) for one in sets)])
+        return pa.LargeListArray.from_arrays(
+            offsets, np.concatenate([np.zeros(0, np.uint64), *sets])
+        )
+
+    def sets(self, text: pa.Array) -> list[np.ndarray]:
+        batch = words.Pieces(text)
         runs = batch.runs(self.ngram)
         hashes = batch.hashes(runs, self.ngram)
         bounds = np.searchsorted(runs, batch.offsets)
@@ -143,9 +153,7 @@ class _Shingles:
             if not len(own) and start < stop:
                 own = batch.hashes(np.array([start]), stop - start)
             sets.append(np.unique(own))
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
-        values = np.concatenate(sets) if sets else np.zeros(0, np.uint64)
-        return pa.LargeListArray.from_arrays(offsets, values)
+        return sets
 
 
 @daft.func.batch(return_dtype=daft.DataType.float64())

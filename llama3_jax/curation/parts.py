@@ -17,20 +17,16 @@ from daft import DataType, col
 
 from llama3_jax.curation import engine
 from llama3_jax.curation.documents import GROUP_BYTES, parquet_writer
+from llama3_jax.curation.layout import COUNTS
 from llama3_jax.data import tokenizer as tokenizers
 
 PART_BYTES = 128 << 20
 MAX_PARTS = 4_096
 _KEYS = ["source", "language", "reason"]
-COUNTS = ("documents", "bytes", "characters", "tokens")
 
 
 def number_of_parts(content_bytes: int) -> int:
     return min(max(-(-content_bytes // PART_BYTES), 1), MAX_PARTS)
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.glob("*.parquet"))
 
 
 def write(

@@ -3,6 +3,7 @@
     <workdir>/stages/00_read, 01_extract, …   kept/*.parquet, rejected/*.parquet, stage.json
     <workdir>/documents/<source>/*.parquet    what is kept in the end
     <workdir>/tokens/<source>/train, …        the same as token shards for training
+    <workdir>/mix.json                        weights of the sources in a run of so many tokens
     <workdir>/funnel.json                     what became of how much, and what was damaged
     <workdir>/times.json                      seconds, of what this and earlier runs did
 
@@ -13,10 +14,12 @@ on after any interruption and gives the same files.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,18 +28,27 @@ from typing import Any
 import daft
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from llama3_jax.curation import engine, inputs, parts, read
+from llama3_jax.curation import engine, inputs, mix, parts, read
 from llama3_jax.curation.config import CurationConfig, named_files
 from llama3_jax.curation.documents import parquet_writer
+from llama3_jax.curation.layout import (
+    DOCUMENTS,
+    FUNNEL_FILE,
+    MIX_FILE,
+    REPORT_FILE,
+    STAGE_FILE,
+    STAGES,
+    TIMES_FILE,
+    TOKENS,
+    files,
+)
 from llama3_jax.curation.registry import Stage
 from llama3_jax.data import tokenizing
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.schema import Config
-
-STAGES, DOCUMENTS, TOKENS = "stages", "documents", "tokens"
-STAGE_FILE, FUNNEL_FILE, TIMES_FILE = "stage.json", "funnel.json", "times.json"
 
 
 def run(
@@ -67,6 +79,10 @@ def run(
         _write_documents(config, last, records[-1]["fingerprint"], workdir / DOCUMENTS)
         if config.tokens.tokenizer:
             funnel["shards"] = _write_tokens(config, workdir)
+        if config.mix:
+            train = {source: splits["train"]["tokens"] for source, splits in
+                     funnel["shards"].items()}  # fmt: skip
+            mix.save_plan(workdir / MIX_FILE, mix.plan_mix(config.mix, train))
         write_json(workdir / FUNNEL_FILE, funnel)
     return funnel
 
@@ -93,6 +109,7 @@ def _run_stages(
         values = own.model_dump()
         fingerprint = _fingerprint(
             before["fingerprint"], stage.name, stage.version, values, tokenizer,
+            [_state(path) for path in stage.files(own)],
             [_state(path) for path in named_files(values) + named_files(tokenizer)],
         )  # fmt: skip
 
@@ -111,7 +128,7 @@ def _apply(
     if not kept:
         raise UserError(f"stage {before['stage']} kept no document: see its rejected/*.parquet "
                         f"in {stages / before['folder']}")  # fmt: skip
-    files = parts.files(stages / before["folder"] / "kept")
+    came_in = files(stages / before["folder"] / "kept")
     number = parts.number_of_parts(sum(row["bytes"] for row in kept))
 
     def attempt() -> list[dict[str, Any]]:
@@ -119,8 +136,12 @@ def _apply(
             _remove(leftover)
         scratch = folder / "scratch"
         scratch.mkdir()
-        frame = stage.function(daft.read_parquet(files), own, scratch)
+        frame = stage.function(daft.read_parquet(came_in), own, scratch)
         counts = parts.write(frame, stage.name, folder, number, tokenizer)
+        if stage.report:
+            found = [files(folder / kind) for kind in ("kept", "rejected")]
+            frames = [daft.read_parquet(paths) for paths in found if paths]
+            stage.report(folder / REPORT_FILE, functools.reduce(_stacked, frames), own)
         _remove(scratch)
         _remove(folder / "unsorted")
         return counts
@@ -130,6 +151,11 @@ def _apply(
     if came != went:
         raise ValueError(f"stage {stage.name}: {came} documents came, {went} left")
     return counts
+
+
+def _stacked(above: daft.DataFrame, below: daft.DataFrame) -> daft.DataFrame:
+    shared = [name for name in above.column_names if name in below.column_names]
+    return above.select(*shared).concat(below.select(*shared))
 
 
 def _stage(
@@ -149,7 +175,8 @@ def _stage(
             partial.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
             record = {"stage": name, "folder": folder.name, "fingerprint": fingerprint}
-            record |= make(partial)
+            with _clock(name):
+                record |= make(partial)
             _note_time(workdir / TIMES_FILE, name, time.monotonic() - begun)
             write_json(partial / STAGE_FILE, record)
         # Interrupted between these two, the next run finds the partial folder whole.
@@ -159,6 +186,14 @@ def _stage(
     else:
         say(f"{_line(record)} (unchanged)")
     return record
+
+
+def _clock(name: str) -> Progress:
+    """Shows, on a terminal, which stage runs and for how long."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = Progress(*columns, transient=True, disable=not sys.stderr.isatty())
+    progress.add_task(name, total=None)
+    return progress
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -174,7 +209,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _count_read(folder: Path) -> list[dict[str, Any]]:
     rows = []
-    for path in parts.files(folder / "kept") + parts.files(folder / "rejected"):
+    for path in files(folder / "kept") + files(folder / "rejected"):
         file = pq.ParquetFile(path)
         known = {"source", "language", "reason", "bytes"} & set(file.schema_arrow.names)
         rows += parts.count(file.read(sorted(known)))
@@ -193,7 +228,7 @@ def _write_documents(config: CurationConfig, last: Path, fingerprint: str, targe
     _remove(partial)
     for source in config.inputs:
         (partial / source).mkdir(parents=True)
-    for path in map(Path, parts.files(last / "kept")):
+    for path in map(Path, files(last / "kept")):
         file = pq.ParquetFile(path)
         with contextlib.ExitStack() as stack:
             writers: dict[str, pq.ParquetWriter] = {}
@@ -216,12 +251,12 @@ def _of_source(table: pa.Table, source: str) -> pa.Table:
 def _write_tokens(config: CurationConfig, workdir: Path) -> dict[str, Any]:
     shards = {}
     for source in config.inputs:
-        files = [Path(path) for path in parts.files(workdir / DOCUMENTS / source)]
-        if not files:
+        documents = [Path(path) for path in files(workdir / DOCUMENTS / source)]
+        if not documents:
             continue
         options = tokenizing.Options("text", "doc", config.tokens.holdout)
         infos = tokenizing.tokenize(
-            files, workdir / TOKENS / source, Path(config.tokens.tokenizer), options
+            documents, workdir / TOKENS / source, Path(config.tokens.tokenizer), options
         )
         shards[source] = {
             split: {"documents": info.documents, "tokens": info.tokens}

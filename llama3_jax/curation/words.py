@@ -6,6 +6,9 @@ Japanese, Thai, Lao, Khmer, Burmese), so that near-duplicates and repetitions ar
 Shapes: B bytes, D documents, W words of all documents of a batch, one after the other.
 """
 
+import functools
+from collections.abc import Iterator
+
 import daft
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,7 @@ from jaxtyping import Int, UInt64
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 2**64)
+_KEPT = 1 << 21  # powers that are kept from batch to batch
 
 
 def spaced(text: daft.Expression) -> daft.Expression:
@@ -35,6 +39,8 @@ class Pieces:
     into words, at line breaks into lines. An empty text has no piece.
 
     Attributes:
+      data: UInt8[B], the texts' UTF-8, one after the other.
+      bounds: Int[D + 1], where each document lies in `data`.
       starts, ends: Int[W], where each word lies in the batch's bytes.
       offsets: Int[D + 1], where each document's words lie in `starts`.
     """
@@ -47,7 +53,7 @@ class Pieces:
         self.ends = np.sort(np.concatenate([spaces, bounds[1:][full]]), kind="stable")
         counts = np.diff(np.searchsorted(spaces, bounds)) + full
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self._data = data
+        self.data, self.bounds = data, bounds
 
     @property
     def documents(self) -> Int[np.ndarray, "W"]:
@@ -59,7 +65,9 @@ class Pieces:
         last = np.repeat(self.offsets[1:], np.diff(self.offsets)) - length
         return np.flatnonzero(np.arange(len(self.starts)) <= last)
 
-    def hashes(self, first: Int[np.ndarray, "n"], length: int) -> UInt64[np.ndarray, "n"]:
+    def hashes(
+        self, first: Int[np.ndarray, "n"], length: int | Int[np.ndarray, "n"]
+    ) -> UInt64[np.ndarray, "n"]:
         """64-bit hashes of the runs of `length` words that begin at `first`.
 
         Polynomial in the bytes, modulo 2^64: a run's is a difference of prefix sums, whatever its
@@ -69,14 +77,40 @@ class Pieces:
         sums, inverse = self._prefix_sums
         return _mixed((sums[end] - sums[start]) * inverse[start])
 
-    @property
+    @functools.cached_property
+    def lengths(self) -> Int[np.ndarray, "W"]:
+        """Characters of each word."""
+        more = np.flatnonzero((self.data & 0xC0) == 0x80)  # a character's second byte and later
+        more = np.searchsorted(self.starts, more, side="right") - 1
+        return self.ends - self.starts - np.bincount(more, minlength=len(self.starts))
+
+    @functools.cached_property
     def _prefix_sums(self) -> tuple[UInt64[np.ndarray, "B+1"], UInt64[np.ndarray, "B+1"]]:
-        if not hasattr(self, "_sums"):
-            powers = _powers(_BASE, len(self._data))
-            sums = np.zeros(len(self._data) + 1, np.uint64)
-            np.cumsum((self._data.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
-            self._sums = sums, _powers(_INVERSE, len(sums))
-        return self._sums
+        sums = np.zeros(len(self.data) + 1, np.uint64)
+        np.cumsum((self.data + np.uint64(1)) * powers(_BASE, len(self.data)), out=sums[1:])
+        return sums, powers(_INVERSE, len(sums))
+
+
+def slices(texts: pa.Array, size: int = 1 << 18) -> Iterator[slice]:
+    """Cuts a batch into runs of documents of about `size` bytes: arrays that stay in the cache.
+
+    At least one, so of an empty batch an empty one.
+    """
+    if not len(texts):
+        yield slice(0, 0)
+    bounds = string_bytes(texts)[1]
+    start = 0
+    while start < len(texts):
+        stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + size, side="right")) - 1)
+        yield slice(start, stop)
+        start = stop
+
+
+def within(
+    hashes: UInt64[np.ndarray, "n"], document: Int[np.ndarray, "n"]
+) -> UInt64[np.ndarray, "n"]:
+    """Hashes that are equal only within a document of the batch."""
+    return hashes ^ (document.astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
 
 
 def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Int[np.ndarray, "D+1"]]:
@@ -89,10 +123,21 @@ def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Int[np.ndarray, "D+1"]]:
     return data, bounds - bounds[0]
 
 
+def powers(base: int, count: int) -> UInt64[np.ndarray, "count"]:
+    """base^0, base^1, ... modulo 2^64."""
+    size = 1 << max(count - 1, 0).bit_length()
+    return (_kept_powers(base, size) if size <= _KEPT else _powers(base, count))[:count]
+
+
+@functools.lru_cache(maxsize=2 * _KEPT.bit_length())
+def _kept_powers(base: int, size: int) -> UInt64[np.ndarray, "size"]:
+    return _powers(base, size)
+
+
 def _powers(base: int, count: int) -> UInt64[np.ndarray, "count"]:
-    powers = np.full(count, base, np.uint64)
-    powers[:1] = 1
-    return np.cumprod(powers)
+    factors = np.full(count, base, np.uint64)
+    factors[:1] = 1
+    return np.cumprod(factors)
 
 
 def _mixed(hashes: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:

@@ -1,5 +1,6 @@
 """What tokenizers do to the same documents: compression by source and language, use of their ids."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Statistics of tokenizers, by name, on documents; and how often each of their ids was used.
 
-    The source of a document is the name of its file. A word is what white space separates.
+    The source of a document is the name of its file, or of the folder that holds part-00000 and so
+    on. A word is what white space separates.
 
     Raises:
       UserError: an input or tokenizer that can't be read, or no text.
@@ -119,7 +121,8 @@ def save(stats: Mapping[str, Any], usage: Mapping[str, np.ndarray], directory: P
 
 
 def source_name(path: Path) -> str:
-    return next(path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s))
+    name = next(path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s))
+    return path.parent.name if re.fullmatch(r"part-\d+", name) else name
 
 
 def _measure_piece(job: tuple[Piece, dict[str, str], Fields]) -> tuple[dict, dict[str, np.ndarray]]:

@@ -11,8 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pyarrow.parquet as pq
 
-from llama3_jax.curation.parts import COUNTS, files
-from llama3_jax.curation.run import FUNNEL_FILE, STAGES, TIMES_FILE
+from llama3_jax.curation.layout import COUNTS, FUNNEL_FILE, STAGES, TIMES_FILE, files
 from llama3_jax.errors import UserError
 from llama3_jax.reporting import figures
 from llama3_jax.reporting.page import NONE, Section, Table, plots_html, table_html

@@ -249,7 +249,7 @@ def test_an_explanation_tells_each_decision_with_the_text_before_and_after(stage
     assert kept[0]["doc"] in explain.explain(work, kept[0]["doc"])
     story = explain.explain(work, rejected[0]["url"])
     assert "extract: REJECTED, no_text" in story and "shout" not in story
-    assert "read: kept" in explain.explain(work, "HTTP://site.org/1/0#part")
+    assert "read: kept" in explain.explain(work, "HTTPS://site.org:443/1/0#part")
     with pytest.raises(UserError, match="no such URL"):
         explain.explain(work, "http://elsewhere.org")
     with pytest.raises(UserError, match="no finished stage"):
@@ -316,6 +316,49 @@ def test_bad_configs_are_named(stages, crawl, tmp_path, values, message):
 def test_two_runs_in_one_folder_are_refused(stages, crawl, tmp_path):
     with run._locked(tmp_path / "work"), pytest.raises(UserError, match="another run works in it"):
         curate(crawl, tmp_path / "work")
+
+
+def test_all_stages_that_need_no_classifier_follow_each_other(tmp_path, byte_tokenizer):
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    made = pages(12, 0)
+    del made["http://site.org/0/4"], made["http://site.org/0/9"]
+    twin = made["http://site.org/0/1"]
+    made |= {"http://site.org/copy": twin, "http://site.org/0/2?utm_source=x": twin}
+    made["http://www.xvideos.com/1"] = made["http://site.org/0/0"]
+    write_warc(crawl / "a.warc.gz", made)
+    benchmark = crawl / "benchmark.txt"
+    benchmark.write_text(json.dumps({"question": page_words(made["http://site.org/0/7"])}))
+    stages = {
+        "extract": {}, "urls": {}, "url_dedup": {}, "languages": {}, "minhash": {}, "lines": {},
+        "contamination": {"benchmarks": {"quiz": {"path": str(benchmark)}}},
+    }  # fmt: skip
+    tokens = {"tokenizer": str(byte_tokenizer)}
+    mix = {"total_tokens": 1_000, "weights": {"web": 1.0}}
+    inputs = {"web": {"paths": (f"{crawl}/a.warc.gz",)}}
+    funnel = curate(crawl, tmp_path / "work", inputs=inputs, stages=stages, tokens=tokens, mix=mix)
+    reasons = {
+        (stage["stage"], count["reason"]): count["documents"]
+        for stage in funnel["stages"]
+        for count in stage["counts"]
+        if count["reason"]
+    }
+    assert reasons == {
+        ("urls", "urls_adult"): 1,
+        ("url_dedup", "url_dedup_older"): 1,
+        ("minhash", "minhash_near_duplicate"): 1,
+        ("contamination", "contaminated"): 1,
+    }
+    (report,) = tmp_path.glob("work/stages/*_contamination/report.json")
+    assert json.loads(report.read_text())["benchmarks"]["quiz"]["documents"] == 1
+    plan = json.loads((tmp_path / "work" / "mix.json").read_text())
+    assert plan["main"] == {"web": 1.0} and funnel["shards"]["web"]["train"]["documents"] == 9
+    assert all(row["lines_removed"] > 3 for row in rows(tmp_path / "work", "lines", "kept"))
+
+
+def page_words(html: bytes) -> str:
+    """Words of a page that no other page has in this order."""
+    return " ".join(html.decode().split("<p>7 ")[1].split("</p>")[0].split()[:20])
 
 
 # ---------------------------------------------------------------------------------------- the door

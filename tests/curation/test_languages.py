@@ -56,6 +56,18 @@ def test_thresholds_and_wanted_languages(tmp_path):
             languages(None, LanguagesConfig(**wrong), tmp_path)
 
 
+def test_code_is_exempt_where_its_source_is(tmp_path):
+    code = "0x1f 7b3e 99a0 ffff 0001"
+    rows = [
+        document(text=text, source=source)
+        for text, source in ((code, "code"), (code, "web"), ("", "code"))
+    ]
+    out = run(languages, LanguagesConfig(exempt_sources=("code",)), rows, tmp_path)
+    reasons = [out[row["doc"]]["reason"] for row in rows]
+    assert reasons == [None, "languages_uncertain", "languages_unknown"]
+    assert out[rows[0]["doc"]]["language"] == ""
+
+
 def test_samples_reach_from_the_first_character_to_the_last():
     text = "".join(chr(0x4E00 + number) for number in range(3000))
     pieces = sample(text, 4, 10).split(" ")

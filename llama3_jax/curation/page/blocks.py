@@ -2,38 +2,69 @@
 
 A block is the text between two borders of block elements. A section is a block element: blocks know
 the innermost section around them, sections know their parent.
+
+The tree is not walked: every look at a node from Python costs more than its parse. It is written out
+again, now well-formed and with "<" and ">" in text and values escaped, and split at "<".
 """
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
-from selectolax.lexbor import LexborHTMLParser, LexborNode
+from selectolax.lexbor import LexborHTMLParser
 
 from llama3_jax.curation.page import bounds, code, markdown, markup, mathematics
+from llama3_jax.curation.page.markup import (
+    BLOCK_START,
+    BLOCK_STOP,
+    BOLD_START,
+    BOLD_STOP,
+    CELL_START,
+    CELL_STOP,
+    COMMENT,
+    IMAGE,
+    INLINE,
+    INLINE_CODE,
+    LINE_BREAK,
+    LINK_START,
+    LINK_STOP,
+    PLAIN,
+    SCRIPT_START,
+    SCRIPT_STOP,
+    Marks,
+)  # fmt: skip
 
 # Placeholders while white space is collapsed: a line break, a table cell's border.
 _BREAK, _CELL = "\x01", "\x02"
+# Before and after the number of a text that markdown's markers are not stripped from.
+_MATH, _CODE, _END = mathematics.OPEN, "\x05", mathematics.CLOSE
+_LITERAL = re.compile(f"[{_MATH}{_CODE}](\\d{{1,6}}){_END}")
 _CONTROLS = dict.fromkeys([*range(0, 9), *range(14, 32), 0x7F, 0xFEFF, 0x200B, 0xAD])
 _PERMALINKS = frozenset(("¶", "#", "§", "🔗", "Permalink", "[source]", "[edit]", "Copy", "link"))
 _EXPONENT = re.compile(r"[-−+]?(?:\d{1,4}|[a-zA-Z])(?:[/+-]\w{1,3})?")
 _NOT_POWERS = frozenset(("a", "b", "st", "nd", "rd", "th"))
-_MATH_TAGS = frozenset(("math", "img", "script", "mjx-container", "span", "div"))
-_MATH_PAGE = ("katex", "MathJax", "mjx-", "mwe-math")
+_BLOCK_OF_CODE = 40  # characters of a code element with line breaks that make it a block
 
 
 @dataclasses.dataclass(slots=True)
-class Section:
-    """A block element: its parent's index, its name, bits of markup.WORDS here and above."""
+class Sections:
+    """Block elements, in the order of their start tags; 0 stands for the page. One list a field.
 
-    parent: int
-    tag: str
-    own: int
-    bits: int
-    depth: int
-    name: str
-    first: int  # its blocks, with those of sections inside: first to last - 1
-    last: int = 0
-    children: int = 0
+    `own` and `bits` are bits of markup.WORDS, of the element and of all above it too; `kind` numbers
+    its tag and class; its blocks, with those of sections inside, are `first` to `last` - 1.
+    """
+
+    parent: list[int]
+    tag: list[str]
+    own: list[int]
+    bits: list[int]
+    depth: list[int]
+    kind: list[int]
+    first: list[int]
+    last: list[int]
+
+    def __len__(self) -> int:
+        return len(self.parent)
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,210 +85,228 @@ class Block:
 @dataclasses.dataclass(slots=True)
 class Page:
     blocks: list[Block]
-    sections: list[Section]
+    sections: Sections
 
 
 class TooLarge(Exception):
     """The tree breaks a bound of bounds.py; the argument is its name."""
 
 
-def read(tree: LexborHTMLParser, html: str) -> Page:
-    """The page's blocks in the order of the document; raises TooLarge."""
-    reader = _Reader(any(word in html for word in _MATH_PAGE))
-    if tree.body is not None:
-        reader.read(tree.body)
-    return Page(reader.blocks, reader.sections)
+_LOOKED_AT = ", ".join(("math:not(math math)", *sorted(markup.TAKEN_OUT)))
+
+
+def read(tree: LexborHTMLParser) -> Page:
+    """The page's blocks in the order of the document; takes the tree apart; raises TooLarge."""
+    body = tree.body
+    if body is None:
+        return _Reader([]).page()
+    skipped, formulas = [], []
+    for node in body.css(_LOOKED_AT):
+        # A script may hold a formula.
+        is_math = node.tag not in markup.TAKEN_OUT or mathematics.is_script(node)
+        (formulas if is_math else skipped).append(node)
+    reader = _Reader(mathematics.take_out(body, formulas) if formulas else [])
+    for node in skipped:
+        node.decompose()
+    pieces = (body.html or "").split("<")
+    if len(pieces) > 2 * bounds.MAX_NODES:
+        raise TooLarge("too_many_nodes")
+    reader.read(iter(pieces))
+    return reader.page()
 
 
 class _Reader:
-    def __init__(self, math_page: bool):
-        self.math_page = math_page
+    def __init__(self, literals: list[str]):
+        self.literals = literals
+        self.plain: list[Block] = []  # prose that holds no code or math
         self.blocks: list[Block] = []
-        self.sections = [Section(-1, "html", 0, 0, 0, "", 0)]
+        self.sections = Sections([-1], ["html"], [0], [0], [0], [0], [0], [0])
         self.section = 0
         self.pieces: list[str] = []
-        self.literal: list[int] = []  # indices of pieces that are code or math
         self.linked = self.links = self.bold = self.classes = 0
         self.in_link = self.in_bold = 0
+        self.script = -1  # where in pieces a sub- or superscript began
+        self.script_links = 0
         self.cell = ""
-        self.has_text = self.has_math = False
+        self.has_text = False
 
-    def read(self, body: LexborNode) -> None:
-        """Walks with a stack of open elements: what to tell leave(), and the node that follows."""
-        stack = [(self.enter(body, "body"), self.section, None)]
-        node = body.first_child
-        nodes = 0
-        while True:
-            if node is None:
-                if not stack:
-                    break
-                leaving, section, node = stack.pop()
-                self.leave(leaving, section)
-                continue
-            nodes += 1
-            tag = node.tag
-            if tag == "-text":
-                self.add_text(node.text_content)
-                node = node.next
-                continue
-            entered = self.enter(node, tag)
-            if entered is None:
-                node = node.next
-                continue
-            stack.append((entered, self.section, node.next))
-            node = node.first_child
-            if len(stack) > bounds.MAX_DEPTH:
-                raise TooLarge("too_deep")
-            if nodes > bounds.MAX_NODES:
-                raise TooLarge("too_many_nodes")
-        self.flush()
-        self.sections[0].last = len(self.blocks)
+    def page(self) -> Page:
+        section = self.section
+        while section >= 0:  # what is still open: the page, and what badly written tags left so
+            self.sections.last[section] = len(self.blocks)
+            section = self.sections.parent[section]
+        if markdown.occur_in("\n".join([block.text for block in self.plain])):
+            for block in self.plain:
+                block.text = markdown.strip(block.text)
+        return Page(self.blocks, self.sections)
 
-    def add_text(self, text: str | None) -> None:
-        if not text:
-            return
-        if text.isspace():
-            if self.has_text:
-                self.pieces.append(" ")
-            return
-        stripped = text.strip()
-        if self.in_link:
-            if stripped in _PERMALINKS:
-                return
-            self.linked += len(stripped)
-        if self.in_bold:
-            self.bold += len(stripped)
-        self.has_text = True
-        self.pieces.append(text)
-
-    def add_literal(self, text: str, math: bool) -> None:
-        if text:
-            self.literal.append(len(self.pieces))
-            self.pieces.append(text)
+    def read(self, pieces: Iterator[str]) -> None:
+        """One piece is what follows a "<": a tag, ">", and the text up to the next tag."""
+        met = markup.MET.get
+        for piece in pieces:
+            head, _, text = piece.partition(">")
+            marks = met(head)
+            if marks is None:
+                marks = markup.marks(head)
+            does = marks.does
+            if does == PLAIN:
+                pass
+            elif does == BLOCK_STOP or does == CELL_STOP:
+                self.stop(marks.tag)
+            elif marks.dropped:
+                text = skip(pieces, marks.tag)
+            elif does == BLOCK_START:
+                text = self.start_block(marks, text, pieces)
+            elif does == INLINE:
+                self.classes |= marks.own
+            elif does == LINK_START:
+                self.in_link += 1
+                self.links += 1
+            elif does == LINK_STOP:
+                if self.in_link:
+                    self.in_link -= 1
+            elif does == CELL_START:
+                if self.has_text:
+                    self.pieces.append(_CELL)
+                self.cell = marks.tag
+                self.start(marks)
+            elif does == BOLD_START:
+                self.in_bold += 1
+            elif does == BOLD_STOP:
+                if self.in_bold:
+                    self.in_bold -= 1
+            elif does == IMAGE:
+                if 'alt="' in head:
+                    self.add_literal(mathematics.of_image(head), _MATH)
+            elif does == LINE_BREAK:
+                self.break_line()
+            elif does == INLINE_CODE:
+                text = self.read_inline_code(marks.tag, text, pieces)
+            elif does == SCRIPT_START:
+                self.script, self.script_links = len(self.pieces), self.links
+                self.pieces.append("")
+            elif does == SCRIPT_STOP:
+                self.stop_script(marks.tag)
+            elif does == COMMENT:
+                text = _after_comment(piece, pieces)
+            if not text:
+                continue
+            if text.isspace():
+                if self.has_text:
+                    self.pieces.append(" ")
+                continue
+            if self.in_link:
+                stripped = text.strip()
+                if stripped in _PERMALINKS:
+                    continue
+                self.linked += len(stripped)
+            if self.in_bold:
+                self.bold += len(text)
             self.has_text = True
-            self.has_math |= math
-
-    def enter(self, node: LexborNode, tag: str) -> str | None:
-        """Opens an element: what leave() must be told at its end, or None if it is done with."""
-        if tag in _MATH_TAGS and (self.math_page or tag not in ("span", "div")):
-            formula = mathematics.of_element(node, tag, node.attributes)
-            if formula is not None:
-                self.add_literal(formula, math=True)
-                return None
-        if tag in markup.BLOCKS:
-            return self.enter_block(node, tag)
-        if tag in markup.SKIPPED or tag == "img":
-            return None
-        if tag in markup.CELLS:
-            attributes = node.attributes
-            if markup.dropped(attributes):
-                return None
-            if self.has_text:
-                self.pieces.append(_CELL)
-            self.cell = tag
-            return self.open_section(node, tag, attributes)
-        if tag == "br":
-            while self.pieces and self.pieces[-1] == " ":
-                self.pieces.pop()
-            if self.pieces and self.pieces[-1] == _BREAK:
-                self.flush()
-            elif self.has_text:
-                self.pieces.append(_BREAK)
-            return None
-        if tag == "a":
-            attributes = node.attributes
-            if markup.dropped(attributes):
-                return None
-            self.in_link += 1
-            self.links += 1
-            return "a"
-        if tag in ("b", "strong"):
-            self.in_bold += 1
-            return "b"
-        if tag == "code" or tag == "kbd" or tag == "samp" or tag == "tt":
-            self.add_inline_code(node)
-            return None
-        if tag in ("sup", "sub"):
-            return self.enter_script(node, tag)
-        if tag in ("i", "em", "u", "font", "small"):
-            return "inline"
-        attributes = node.attributes
-        if attributes:
-            if markup.dropped(attributes):
-                return None
-            self.classes |= markup.bits(tag, attributes)
-        return "inline"
-
-    def enter_block(self, node: LexborNode, tag: str) -> str | None:
-        attributes = node.attributes
-        if markup.dropped(attributes):
-            return None
+            self.pieces.append(text)
         self.flush()
-        if tag == "pre" or (tag == "table" and _is_code_table(node, attributes)):
-            opened = self.open_section(node, tag, attributes)
-            self.add_code(node, tag)
-            self.leave(opened, self.section)
-            return None
-        return self.open_section(node, tag, attributes)
 
-    def open_section(self, node: LexborNode, tag: str, attributes: dict) -> str:
-        parent = self.sections[self.section]
-        own = markup.bits(tag, attributes)
-        parent.children += 1
-        self.sections.append(
-            Section(
-                self.section, tag, own, own | parent.bits, parent.depth + 1,
-                attributes.get("class") or "",
-                len(self.blocks),
-            )
-        )  # fmt: skip
-        self.section = len(self.sections) - 1
-        return tag
+    def add_literal(self, text: str | None, mark: str) -> None:
+        if text:
+            self.pieces.append(f"{mark}{len(self.literals)}{_END}")
+            self.literals.append(text)
+            self.has_text = True
 
-    def leave(self, tag: str, section: int) -> None:
-        if tag == "a":
-            self.in_link -= 1
-        elif tag == "b":
-            self.in_bold -= 1
-        elif tag in ("sup", "sub", "inline"):
-            pass
-        else:
-            if tag not in markup.CELLS:
-                self.flush()
-            left = self.sections[section]
-            left.last = len(self.blocks)
-            self.section = left.parent
+    def start_block(self, marks: Marks, text: str, pieces: Iterator[str]) -> str:
+        """Opens a section, or reads it to its end if it is code; the text that follows."""
+        name = marks.tag
+        self.flush()
+        if name == "hr":
+            return text
+        self.start(marks)
+        if name != "pre" and not marks.code:
+            return text
+        found, text = code.read(pieces, name, text)
+        self.add_code(found, name)
+        self.stop(name)
+        return text
 
-    def enter_script(self, node: LexborNode, tag: str) -> str:
-        """Powers and indices stay readable: 10^6 and x_i; H2O, 1st and notes as they are."""
-        if node.css_first("a") is None:
-            text = node.text().strip()
-            before = self.pieces[-1][-1:] if self.pieces else ""
-            if (before.isalnum() or before in (")", "]")) and text not in _NOT_POWERS:
-                if tag == "sup" and _EXPONENT.fullmatch(text):
-                    self.pieces.append("^")
-                elif tag == "sub" and len(text) == 1 and text.isalpha():
-                    self.pieces.append("_")
-        return tag
+    def start(self, marks: Marks) -> None:
+        sections, parent = self.sections, self.section
+        self.section = len(sections.parent)
+        depth = sections.depth[parent] + 1
+        if depth > bounds.MAX_DEPTH:
+            raise TooLarge("too_deep")
+        sections.parent.append(parent)
+        sections.tag.append(marks.tag)
+        sections.own.append(marks.own)
+        sections.bits.append(marks.own | sections.bits[parent])
+        sections.depth.append(depth)
+        sections.kind.append(marks.kind)
+        sections.first.append(len(self.blocks))
+        sections.last.append(0)
 
-    def add_inline_code(self, node: LexborNode) -> None:
-        text = node.text()
-        if not text:
+    def stop(self, name: str) -> None:
+        sections, section = self.sections, self.section
+        if sections.tag[section] != name:  # hr, or a tag whose name holds odd characters
             return
-        if "\n" in text.strip("\n") and node.tag == "code" and len(text) > 40:
+        if name not in markup.CELLS:
+            self.flush()
+        sections.last[section] = len(self.blocks)
+        self.section = sections.parent[section]
+
+    def break_line(self) -> None:
+        pieces = self.pieces
+        while pieces and pieces[-1] == " ":
+            pieces.pop()
+        if pieces and pieces[-1] == _BREAK:
+            self.flush()
+        elif self.has_text:
+            pieces.append(_BREAK)
+
+    def stop_script(self, name: str) -> None:
+        """Powers and indices stay readable: 10^6 and x_i; H2O, 1st and notes as they are."""
+        start, self.script = self.script, -1
+        if start < 1 or start >= len(self.pieces) or self.links != self.script_links:
+            return
+        before = self.pieces[start - 1][-1:]
+        if not before.isalnum() and before not in (")", "]"):
+            return
+        text = "".join(self.pieces[start:]).strip()
+        if name == "sup":
+            if text not in _NOT_POWERS and _EXPONENT.fullmatch(text):
+                self.pieces[start] = "^"
+        elif len(text) == 1 and text.isalpha() and text not in _NOT_POWERS:
+            self.pieces[start] = "_"
+
+    def read_inline_code(self, name: str, text: str, pieces: Iterator[str]) -> str:
+        found, rest = code.read(pieces, name, text)
+        found = self.with_literals(found)
+        if "\n" in found and len(found) > _BLOCK_OF_CODE and name == "code":
             # A block of code outside of pre; white space is the page's style to keep.
             self.flush()
-            self.add_code(node, "code")
-            return
-        if self.in_link:
-            self.linked += len(text)
-        self.add_literal(text, math=False)
+            self.add_code(found, name)
+        elif found:
+            if self.in_link:
+                self.linked += len(found)
+            # White space at the borders belongs to the sentence.
+            before, after = found[0].isspace(), found[-1].isspace()
+            if before:
+                self.pieces.append(" ")
+            self.add_literal(" ".join(found.split()), _CODE)
+            if after:
+                self.pieces.append(" ")
+        return rest
 
-    def add_code(self, node: LexborNode, tag: str) -> None:
-        text = code.text_of(node).translate(_CONTROLS)
+    def add_code(self, text: str, tag: str) -> None:
+        text = self.with_literals(text).translate(_CONTROLS)
         if text.strip():
             linked = len(text) if self.in_link else 0
             self.blocks.append(Block(text, self.section, tag, linked, self.in_link, code=True))
+
+    def with_literals(self, text: str) -> str:
+        if _END not in text:
+            return text
+        return _LITERAL.sub(self.literal, text)
+
+    def literal(self, found: re.Match) -> str:
+        number = int(found[1])
+        return self.literals[number] if number < len(self.literals) else ""
 
     def flush(self) -> None:
         """Ends the block that is being read."""
@@ -265,43 +314,67 @@ class _Reader:
             if self.pieces or self.links or self.classes:
                 self.reset()
             return
-        text = markdown.strip(self.pieces, self.literal)
+        text = "".join(self.pieces)
+        if "&" in text:
+            text = markup.unescaped(text)
         text = " ".join(text.split())
+        if text[:1] in markdown.STARTS:
+            text = markdown.strip_start(text)
+        math = literal = False
         if not text.isprintable():
+            if _END in text:
+                math, literal = _MATH in text, True
+                text = self.with_literals(markdown.strip(text))
             text = text.translate(_CONTROLS_KEPT).strip()
-        if _BREAK in text or _CELL in text:
-            lines = [
-                "\t".join(cell.strip() for cell in line.split(_CELL)).strip()
-                for line in text.split(_BREAK)
-            ]
-            text = "\n".join(line for line in lines if line)
+            if _BREAK in text or _CELL in text:
+                lines = [
+                    "\t".join(cell.strip() for cell in line.split(_CELL)).strip()
+                    for line in text.split(_BREAK)
+                ]
+                text = "\n".join(line for line in lines if line)
         if text:
-            tag = self.cell or self.sections[self.section].tag
-            self.blocks.append(
-                Block(
-                    text, self.section, tag, min(self.linked, len(text)), self.links,
-                    math=self.has_math, bold=self.bold, classes=self.classes,
-                )
+            tag = self.cell or self.sections.tag[self.section]
+            block = Block(
+                text, self.section, tag, min(self.linked, len(text)), self.links,
+                False, math, min(self.bold, len(text)), self.classes,
             )  # fmt: skip
+            self.blocks.append(block)
+            if not literal:
+                self.plain.append(block)
         self.reset()
 
     def reset(self) -> None:
         self.pieces.clear()
-        self.literal.clear()
         self.linked = self.links = self.bold = self.classes = 0
+        self.script = -1
         self.cell = ""
-        self.has_text = self.has_math = False
+        self.has_text = False
 
 
 # Control characters go; those that stand for breaks while a block is read do not.
 _CONTROLS_KEPT = {key: value for key, value in _CONTROLS.items() if key not in (1, 2)}
 
 
-def _is_code_table(node: LexborNode, attributes: dict) -> bool:
-    """GitHub's blobs, Pygments', Rouge's and SyntaxHighlighter's tables: numbers beside code."""
-    name = attributes.get("class") or ""
-    if "hljs-ln" in name or "js-file-line-container" in name or "highlighttable" in name:
-        return True
-    if "rouge-table" in name or "crayon-table" in name:
-        return True
-    return bool(name == "" and node.css_first("td.code div.container, td.blob-code") is not None)
+def skip(pieces: Iterator[str], name: str) -> str:
+    """Reads on to the end of the element `name` that was just opened; the text that follows."""
+    if name in markup.VOID:
+        return ""
+    end, with_attributes = f"/{name}", f"{name} "
+    depth = 1
+    for piece in pieces:
+        head, _, text = piece.partition(">")
+        if head == end:
+            depth -= 1
+            if not depth:
+                return text
+        elif head == name or head.startswith(with_attributes):
+            depth += 1
+    return ""
+
+
+def _after_comment(text: str, pieces: Iterator[str]) -> str:
+    while True:
+        _, end, rest = text.partition("-->")
+        if end:
+            return rest
+        text = next(pieces, "-->")

@@ -5,7 +5,10 @@ up the open elements), the attributes of one tag (each is compared with those be
 formatting elements times blocks (each block opens them anew). One linear scan bounds all three.
 """
 
+import itertools
 import re
+
+import numpy as np
 
 MAX_CHARACTERS = 10_000_000
 MAX_DEPTH = 2_000
@@ -13,9 +16,9 @@ MAX_NODES = 500_000
 MAX_ATTRIBUTES = 5_000
 MAX_REOPENED = 500_000  # open formatting elements times tags
 # Pages below all of these take no second whatever their markup, and are not scanned.
-SAFE_ELEMENTS = 3_000
-SAFE_FORMATTING = 250  # formatting elements with attributes: of those alike only three reopen
-SAFE_EQUAL_SIGNS = 20_000
+SAFE_ELEMENTS = 15_000
+SAFE_FORMATTING = 250  # formatting elements
+SAFE_EQUAL_SIGNS = 20_000  # a quoted ">" hides a long tag
 SAFE_RUN = 40_000  # characters between two ">"
 
 _RAW = ("script", "style", "textarea", "title", "xmp", "noembed", "iframe")
@@ -33,9 +36,15 @@ _TOKEN = re.compile(
     )""",
     re.X,
 )
-# Flags inside groups leave "<" a literal, for which the search skips ahead.
-_REOPENED = re.compile(r"<(?i:b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)[\s/]")
-_TAG_START = re.compile(r"<[a-zA-Z]")
+_FORMATTING_TAG = re.compile(
+    r"<(?:[bisu]|big|code|em|font|nobr|small|strike|strong|tt)[\s/][^>]{0,300}", re.I
+)
+_MAYBE_FORMATTING = np.zeros(1 << 16, bool)
+for _start in ("bi", "co", "em", "fo", "no", "sm", "st", "tt"):
+    _MAYBE_FORMATTING[ord(_start[0]) << 8 | ord(_start[1])] = True
+for _name, _next in itertools.product("bisu", " /\t\n\f\r"):
+    _MAYBE_FORMATTING[ord(_name) << 8 | ord(_next) | 32] = True
+_TAG_START = re.compile(rb"<[a-zA-Z]")
 _ATTRIBUTE = re.compile(r"""[^\s"'/=<>]+\s*(?:=\s*(?:"[^"]*+"?|'[^']*+'?|[^\s"'>]+))?""")
 _FORMATTING = frozenset("a b big code em font i nobr s small strike strong tt u".split())
 # Elements that end by themselves, or hold nothing: they do not nest.
@@ -45,30 +54,40 @@ _FLAT = frozenset(
 )
 
 
-def refusal(html: str) -> str | None:
-    """The name of the bound that this page breaks, or None."""
+def refusal(html: str, data: bytes) -> str | None:
+    """The name of the bound that this page breaks, or None; `data` is the page in UTF-8."""
     if len(html) > MAX_CHARACTERS:
         return "too_large"
-    opened = html.count("<") - html.count("</")
+    bytes_ = np.frombuffer(data + b"   ", np.uint8)
+    starts = np.flatnonzero(bytes_ == 60)  # <
+    following = bytes_[starts + 1]
+    opened = len(starts) - int((following == 47).sum())  # /
     if opened > MAX_NODES:
         return "too_many_nodes"
+    ends = np.flatnonzero(bytes_ == 62)  # >
+    runs = np.diff(ends, prepend=0, append=len(data))
     if (
-        opened <= SAFE_ELEMENTS
-        and html.count("=") <= SAFE_EQUAL_SIGNS
-        and not _has_long_tag(html)
-        and (opened <= SAFE_FORMATTING or len(_REOPENED.findall(html)) <= SAFE_FORMATTING)
+        opened > SAFE_ELEMENTS
+        or data.count(b"=") > SAFE_EQUAL_SIGNS
+        or any(_holds_long_tag(data, ends, run) for run in np.flatnonzero(runs > SAFE_RUN))
     ):
-        return None
-    return _scan(html)
+        return _scan(html)
+    if opened > SAFE_FORMATTING:
+        # b, i, s and u as whole names, and other names by their first two letters.
+        pairs = (following.astype(np.int32) | 32) << 8 | bytes_[starts + 2] | 32
+        if int(_MAYBE_FORMATTING[pairs].sum()) > SAFE_FORMATTING:
+            distinct = len(set(_FORMATTING_TAG.findall(html)))
+            if 3 * distinct * opened > MAX_REOPENED:  # of tags alike only three reopen
+                return _scan(html)
+    return None
 
 
-def _has_long_tag(html: str) -> bool:
-    for run in html.split(">"):
-        if len(run) > SAFE_RUN:
-            start = _TAG_START.search(run)
-            if start and len(run) - start.start() > SAFE_RUN:
-                return True
-    return False
+def _holds_long_tag(data: bytes, ends: np.ndarray, run: int) -> bool:
+    """Whether a tag of more than SAFE_RUN bytes begins in what stands before the end `run`."""
+    start = int(ends[run - 1]) if run else 0
+    end = int(ends[run]) if run < len(ends) else len(data)
+    tag = _TAG_START.search(data, start, end)
+    return tag is not None and end - tag.start() > SAFE_RUN
 
 
 def _scan(html: str) -> str | None:

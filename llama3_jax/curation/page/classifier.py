@@ -15,40 +15,28 @@ WEIGHTS = Path(__file__).with_name("extractor.npz")
 
 
 class Forest:
-    """Binary trees on features, in arrays: a leaf is a node that is its own child.
+    """Symmetric trees: all nodes of a level ask the same, so a leaf's number is a row of answers.
 
-    Legend: T trees, M nodes of a tree, N blocks, F features.
+    Legend: T trees, D levels, N blocks, F features.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
-        self.feature = arrays["feature"].astype(np.int32)  # T M
-        self.threshold = arrays["threshold"]  # T M, go left at or below
-        self.left = arrays["left"].astype(np.int32)
-        self.right = arrays["right"].astype(np.int32)
-        self.value = arrays["value"].astype(np.float64)
-        self.depth = int(arrays["depth"])
+        feature_TD, threshold_TD = arrays["feature"], arrays["threshold"]
+        trees, self.depth = feature_TD.shape
+        self.feature = np.ascontiguousarray(feature_TD.T, np.intp)
+        self.threshold = np.ascontiguousarray(threshold_TD.T, np.float32)[:, :, None]
+        self.leaves = arrays["value"].reshape(-1).astype(np.float32)  # T 2^D, flat
+        self.first = (np.arange(trees, dtype=np.intp) << self.depth)[:, None]
         self.base = float(arrays["base"])
-        trees, nodes = self.feature.shape
-        offset = (np.arange(trees) * nodes)[:, None]
-        # Children as indices into the flattened nodes; [left, right] interleaved.
-        children = np.stack([self.left + offset, self.right + offset], axis=-1)
-        self.children = children.reshape(-1).astype(np.int32)
-        self.roots = offset[:, 0].astype(np.int32)
-        self.flat_feature = self.feature.reshape(-1)
-        self.flat_threshold = self.threshold.reshape(-1)
-        self.flat_value = self.value.reshape(-1)
 
     def probability(self, features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, " N"]:
-        count, width = features.shape
-        flat = np.ascontiguousarray(features, np.float32).reshape(-1)
-        rows = (np.arange(count, dtype=np.int32) * width)[:, None]
-        node = np.broadcast_to(self.roots, (count, len(self.roots)))
-        for _ in range(self.depth):
-            looked_at = flat.take(rows + self.flat_feature.take(node))
-            right = looked_at > self.flat_threshold.take(node)
-            node = self.children.take(2 * node + right)
-        score = self.base + self.flat_value.take(node).sum(axis=1)
-        return 1 / (1 + np.exp(-score))
+        columns = np.ascontiguousarray(features.T)
+        leaf = np.zeros((len(self.first), len(features)), np.uint8)
+        for level in range(self.depth):
+            answers = columns[self.feature[level]] > self.threshold[level]
+            leaf |= answers.view(np.uint8) << np.uint8(level)
+        score = self.leaves.take(leaf + self.first).sum(axis=0, dtype=np.float64)
+        return 1 / (1 + np.exp(-self.base - score))
 
 
 @functools.cache

@@ -1,40 +1,77 @@
 """Code with its lines and indentation, without line numbers and permalinks."""
 
 import re
-
-from selectolax.lexbor import LexborNode
+from collections.abc import Iterator
 
 from llama3_jax.curation.page import markup
 
 # Elements that stand for a line of code each.
 _LINES = frozenset(("div", "p", "li", "tr"))
 _NUMBER = re.compile(r"^\s*(\d+)[.:|]?(?=\s|$)")
-_SKIPPED = frozenset(("script", "style", "button", "svg", "-comment", "template"))
 
 
-def text_of(root: LexborNode) -> str:
-    """The text of a `pre` or of a table of code lines; without recursion."""
-    parts: list[str] = []
-    # What comes next, and how many parts there were where its line began (-1: no line began).
-    stack: list[tuple[LexborNode | None, int]] = [(root.first_child, -1)]
-    while stack:
-        node, began = stack.pop()
-        if node is None:
-            if began >= 0 and (began == len(parts) or not parts[-1].endswith("\n")):
-                parts.append("\n")
+def read(pieces: Iterator[str], name: str, text: str) -> tuple[str, str]:
+    """The text of the element `name`, opened just before `text`, and the text after its end.
+
+    `pieces` are those of blocks.py: each begins at a tag.
+    """
+    parts = [text]
+    begun: list[int] = []  # how many parts there were where an open line element began
+    end, depth = f"/{name}", 1
+    skipped = ""  # the element whose end is awaited
+    skipped_depth = 0
+    rest = ""
+    for piece in pieces:
+        head, _, text = piece.partition(">")
+        tag, _, attributes = head.partition(" ")
+        if skipped:
+            if tag == skipped:
+                skipped_depth += 1
+            elif tag[:1] == "/" and tag[1:] == skipped:
+                skipped_depth -= 1
+                if not skipped_depth:
+                    skipped = ""
+                    if text:
+                        parts.append(text)
             continue
-        stack.append((node.next, began))
-        tag = node.tag
-        if tag == "-text":
-            parts.append(node.text_content or "")
-        elif tag == "br":
+        if tag == end:
+            depth -= 1
+            if not depth:
+                rest = text
+                break
+        elif tag == name:
+            depth += 1
+        if tag == "br":
             parts.append("\n")
-        elif tag not in _SKIPPED and not markup.dropped(node.attributes):
-            starts_line = tag in _LINES
-            if starts_line and parts and not parts[-1].endswith("\n"):
+        elif tag in _LINES:
+            if not _ends_line(parts):
                 parts.append("\n")
-            stack.append((node.first_child, len(parts) if starts_line else -1))
-    return _without_numbers("".join(parts).replace("\r\n", "\n")).strip("\n")
+            begun.append(len(parts))
+        elif tag[:1] == "/":
+            if begun and tag[1:] in _LINES and (begun.pop() == len(parts) or not _ends_line(parts)):
+                parts.append("\n")
+        elif tag[:3] == "!--":
+            text = ""
+        if tag == "button" or (attributes and markup.marks(head).dropped):
+            skipped, skipped_depth = tag, 1
+            continue
+        if text:
+            parts.append(text)
+    found = "".join(parts)
+    if "&" in found:
+        found = markup.unescaped(found)
+    found = found.replace("\r\n", "\n")
+    if name in ("pre", "table"):
+        found = _without_numbers(found).strip("\n")
+    return found, rest
+
+
+def _ends_line(parts: list[str]) -> bool:
+    """Whether what was read so far is empty or ends a line."""
+    for part in reversed(parts):
+        if part:
+            return part[-1] == "\n"
+    return True
 
 
 def _without_numbers(code: str) -> str:

@@ -14,10 +14,20 @@ import dataclasses
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
-from llama3_jax.curation.page import blocks, bounds, classifier, encoding, features, metadata
+from llama3_jax.curation.page import (
+    blocks,
+    bounds,
+    classifier,
+    encoding,
+    features,
+    markup,
+    metadata,
+)
 
 MAX_BYTES = 4 * bounds.MAX_CHARACTERS
 MAX_BLOCKS = 50_000
+_LISTS = frozenset(("ul", "ol", "menu", "dl", "table"))
+_MEMBERS = frozenset("li dt dd tr td th tbody thead tfoot caption".split())
 NULL_SHARE = 0.01  # more null characters than this are no text
 _MAGIC = (
     (b"%PDF", "pdf"), (b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif"),
@@ -82,30 +92,30 @@ def extract(
         if nulls > NULL_SHARE * len(html):
             return Rejection("not_html", f"{nulls} null characters", url)
         html = html.replace("\0", "")
-    broken = bounds.refusal(html)
+    same = how == "utf-8:utf-8" and not nulls
+    data = page if same else html.encode()
+    broken = bounds.refusal(html, data)
     if broken:
         return Rejection(broken, f"{len(html)} characters of markup", url)
     try:
-        tree = LexborHTMLParser(html)
+        tree = LexborHTMLParser(data)
     except SelectolaxError as error:
         return Rejection("unparsable", str(error), url)
+    known = metadata.read(tree, html, url)  # before the tree is taken apart
     try:
-        found = blocks.read(tree, html)
+        found = blocks.read(tree)
     except blocks.TooLarge as error:
         return Rejection(str(error), "once parsed", url)
     if not found.blocks:
         return Rejection("no_text", "no visible text", url)
     if len(found.blocks) > MAX_BLOCKS:
         return Rejection("too_many_blocks", f"{len(found.blocks)}, at most {MAX_BLOCKS}", url)
-    title = metadata.title_of(tree)
-    kept = _kept(found, title)
+    kept = _kept(found, known.title)
     text = _join(found, kept)
     if not text:
         return Rejection("no_text", "nothing but boilerplate", url)
     reasons = (f"encoding:{how}", f"dropped:boilerplate:{len(kept) - int(kept.sum())}")
-    return Document(
-        text, title, metadata.date_of(tree, html, url), metadata.language_of(tree), url, reasons
-    )
+    return Document(text, known.title, known.date, known.language, url, reasons)
 
 
 def _kept(page: blocks.Page, title: str) -> np.ndarray:
@@ -114,7 +124,8 @@ def _kept(page: blocks.Page, title: str) -> np.ndarray:
     kept = classifier.keep(classifier.content_forest().probability(rows), words)
     # Code and math are rare in boilerplate and dear in a document: they stay.
     kept |= np.array([block.code or block.math for block in page.blocks])
-    return kept
+    bits = np.array([page.sections.bits[block.section] for block in page.blocks])
+    return (kept | (bits & markup.CONTENT > 0)) & (bits & markup.BOILERPLATE == 0)
 
 
 def _join(page: blocks.Page, kept: np.ndarray) -> str:
@@ -122,7 +133,7 @@ def _join(page: blocks.Page, kept: np.ndarray) -> str:
     parts: list[str] = []
     last = None
     for block, keep in zip(page.blocks, kept, strict=True):
-        if not keep:
+        if not keep or not block.text:  # nothing but markers of markdown
             continue
         group = _group(page.sections, block)
         if parts:
@@ -132,28 +143,16 @@ def _join(page: blocks.Page, kept: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _group(sections: list[blocks.Section], block: blocks.Block) -> int | None:
+def _group(sections: blocks.Sections, block: blocks.Block) -> int | None:
     """The list or table that an item or row belongs to."""
     if block.code:
         return None
     index = block.section
     for _ in range(4):
-        section = sections[index]
-        if section.tag in (
-            "li",
-            "dt",
-            "dd",
-            "tr",
-            "td",
-            "th",
-            "tbody",
-            "thead",
-            "tfoot",
-            "caption",
-        ):
-            index = section.parent
-        elif section.tag in ("ul", "ol", "menu", "dl", "table"):
+        tag = sections.tag[index]
+        if tag in _LISTS:
             return index
-        else:
+        if tag not in _MEMBERS:
             return None
+        index = sections.parent[index]
     return None

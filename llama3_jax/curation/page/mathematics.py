@@ -9,20 +9,40 @@ import re
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
+from llama3_jax.curation.page import markup
+
 # An alt text is TeX if the image says so, or if it has a TeX command, or a sub- or superscript.
 _IMAGE = re.compile(r"(?<![a-z])(?:math|tex|latex|equation|formula|mwe|ee_img|png-math)", re.I)
 _TEX = re.compile(r"\\[a-zA-Z]{2,}|\\[\[({]|[\^_]\{|^\s*\$.+\$\s*$", re.S)
+_HINTS = ("math", "tex", "equation", "formula", "mwe", "ee_img")  # of all that _IMAGE finds
 _DELIMITED = re.compile(r"^\s*(?:\$|\\\(|\\\[|\\begin\{)")
 _DISPLAYSTYLE = re.compile(r"^\{\\(?:displaystyle|textstyle)\s+(.*)\}$", re.S)
 MAX_MATHML_NODES = 20_000
+# Around the number of a formula that was taken out; no text of a page has them.
+OPEN, CLOSE = "\x03", "\x04"
+_WRAPPERS = ".katex, .mwe-math-element, mjx-container, [data-mathml]"
 
 
-def of_element(node: LexborNode, tag: str, attributes: dict[str, str | None]) -> str | None:
+def take_out(root: LexborNode, plain: list[LexborNode]) -> list[str]:
+    """Puts OPEN + number + CLOSE in place of each formula below `root`; the formulas by their number.
+
+    `plain` are its elements math, and scripts that hold formulas. Formulas of images: see of_image.
+    """
+    formulas: list[str] = []
+    # What wraps formulas goes first: inside is the same formula again, drawn or as MathML.
+    for node in [*root.css(_WRAPPERS), *plain]:
+        formula = _of_node(node)
+        if formula is not None:
+            node.replace_with(f"{OPEN}{len(formulas)}{CLOSE}" if formula else "")
+            formulas.append(formula)
+    return formulas
+
+
+def _of_node(node: LexborNode) -> str | None:
     """A formula's text, or None if the element is no formula that stands for its whole subtree."""
+    tag, attributes = node.tag, node.attributes
     if tag == "math":
         return _mathml(node, attributes)
-    if tag == "img":
-        return _image(attributes)
     if tag == "script":
         return _script(node, attributes)
     name = attributes.get("class") or ""
@@ -56,12 +76,26 @@ def _mathml(node: LexborNode, attributes: dict[str, str | None]) -> str:
     return " ".join(_linear(node).split())
 
 
-def _image(attributes: dict[str, str | None]) -> str | None:
-    alt = (attributes.get("alt") or "").strip()
-    if not alt or len(alt) > 20_000:
+def is_script(node: LexborNode) -> bool:
+    """Whether the element is a script that holds a formula."""
+    return node.tag == "script" and (node.attributes.get("type") or "").lower().startswith("math/")
+
+
+def of_image(attributes: str) -> str | None:
+    """The formula that an image shows, if its start tag (as a parser wrote it) says so."""
+    start = attributes.find('alt="') + 5
+    end = attributes.find('"', start)
+    if start < 5 or end == start or end - start > 20_000:
         return None
-    name = f"{attributes.get('class') or ''} {(attributes.get('src') or '')[:200]}"
-    if _TEX.search(alt) or _IMAGE.search(name):
+    alt = attributes[start:end]
+    if "\\" not in alt and "$" not in alt and "{" not in alt:
+        lowered = attributes.lower()
+        if not any(hint in lowered for hint in _HINTS):
+            return None
+    alt = markup.unescaped(alt).strip()
+    values = markup.parsed(attributes)
+    name = f"{values.get('class', '')} {values.get('src', '')[:200]}"
+    if alt and (_TEX.search(alt) or _IMAGE.search(name)):
         return _delimit(alt, "display" in name or "equation" in name)
     return None
 

@@ -5,9 +5,10 @@ import random
 import numpy as np
 import pytest
 
+from experiments.benchmarks.hostile_pages import damaged
 from experiments.extraction import pages as truth
 from llama3_jax.curation.page.extract import Document, extract
-from tests.curation.page.test_hostile import damaged, outcome_of
+from tests.curation.page.test_hostile import outcome_of
 
 FOLDER = truth.DATA / "html"
 needs_pages = pytest.mark.skipif(
