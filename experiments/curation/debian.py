@@ -32,7 +32,7 @@ def get_config(folder: str = "debian_pages"):
             minhash=dict(prefer=("math", "code", "general")),
             lines={},
             gopher={},
-            divergence={},
+            divergence=dict(exempt_sources=("code", "math")),
             safety={},
             pii={},
         ),
