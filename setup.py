@@ -54,14 +54,21 @@ EXTRAS = {
         # The kernels in Triton's interpreter, and compiled for the chip on any machine.
         "triton>=3.7; platform_system == 'Linux'",
     ],
+    # evaluation/lm_eval_adapter.py. Needs neither torch nor transformers.
+    "eval": ["lm-eval==0.4.13"],
     # The kernels on an NVIDIA GPU.
     "gpu": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
     # XLA's and Triton's compilers for GPUs, to plan runs on a machine that has none.
     "plan": ["jax-cuda13-plugin>=0.10.2", "jax-triton>=0.3.1", "triton>=3.6"],
     # experiments/benchmarks/tokenizer.py: the ranks of Meta's tokenizer, and its peer.
     "tokenizer-benchmark": ["llama-models>=0.3", "tokenizers>=0.21"],
+    # The same experiments under XManager (llama3_jax/launching/xmanager.py).
+    "xmanager": ["xmanager>=0.8.5"],
+    # Metrics also to Weights & Biases, or to trackio's local dashboard.
+    "wandb": ["wandb>=0.20"],
+    "trackio": ["trackio>=0.3"],
     # Live comparison with the reference implementation; torch should be a CPU build.
-    "parity": ["llama-models>=0.3", "torch>=2.6", "transformers>=4.46"],
+    "parity": ["llama-models>=0.3", "lm-eval==0.4.13", "torch>=2.6", "transformers>=4.46"],
 }
 
 setup(

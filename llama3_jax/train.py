@@ -9,9 +9,10 @@
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
 and exits with code 75 ("queue me again"), Ctrl-C saves and exits with 130; one process's signal
-stops all. When a process is lost the others exit with code 3.
+stops all. When a process is lost the others exit with code 3; a hang ends all with code 4.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -41,6 +42,7 @@ from llama3_jax.recipe.prepare import Run, context_balances, follow, leave_out, 
 from llama3_jax.recipe.replay import replay
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
 from llama3_jax.schema import parse
+from llama3_jax.training import sinks
 from llama3_jax.training.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -53,6 +55,7 @@ from llama3_jax.training.goodput import GOODPUT_FILE, Ledger
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
+from llama3_jax.training.sinks import Sink
 from llama3_jax.training.step import (
     TrainState,
     abstract_canonical,
@@ -107,10 +110,12 @@ def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     events, stop = Events(workdir, writes), StopSignal()
     watchdog.start()
     code = None
-    while code is None:
-        # A rewind is a resume: from an earlier checkpoint, with the batches of its event left out.
-        code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
-    watchdog.close()
+    try:
+        while code is None:
+            # A rewind is a resume: from an earlier checkpoint, without the batches of its event.
+            code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+    finally:
+        watchdog.close()
     return code
 
 
@@ -121,6 +126,7 @@ def train_on(
     config, timeline = run.config, run.timeline
     model, optimizer = config.model, config.optimizer
     dispatch.check(model.kernels(), jax.default_backend())
+    sinks.check(config.sinks)
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
@@ -130,12 +136,12 @@ def train_on(
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
     checkpoints = Checkpoints(workdir / CHECKPOINTS, policy.keep_last, policy.keep_every)
-    gate_log = GateLog(workdir)
+    gate_log, so_far = GateLog(workdir), Incidents(run, events).state()
 
     def check(saved: dict) -> None:
         gate_log.back_to(saved["step"], saved.get("gates", ()))
         timeline = follow(run, gate_log.verdicts)
-        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], 0))
+        check_same_run(saved, run_metadata(config, timeline, run.corpora, saved["step"], so_far))
 
     restored = restore_newest(
         checkpoints, lambda step: abstract[run.timeline.stage_index(step)], check
@@ -166,7 +172,11 @@ def train_on(
         tokenizer.save(workdir / "tokenizer")
 
     # ---- log
-    metrics = MetricsWriter(workdir, step) if writes else NoMetrics()
+    if writes:
+        saved = json.loads(config.model_dump_json())
+        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, saved) for s in config.sinks])
+    else:
+        metrics = NoMetrics()
     progress = RunProgress(
         timeline.tokens, timeline.consumed(step), config.log_every, quiet=not writes
     )
@@ -182,7 +192,8 @@ def train_on(
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
-    ledger.begin(step)
+    if step < timeline.steps:  # else the job ended earlier
+        ledger.begin(step)
     log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
     gates = Gates(gate_log, run.suite, progress.say)
     average = start_average(run, step, average)
@@ -227,6 +238,7 @@ def train_on(
                     gates.run(timeline, step, model_on_mesh, interrupted)
                     del model_on_mesh
                 timeline = follow(run, gate_log.verdicts)
+                progress.set_total(timeline.tokens)
                 log.restart_clock()
                 continue
             index = timeline.stage_index(step)
@@ -298,8 +310,9 @@ def train_on(
         raise
     finally:
         progress.close()
-        metrics.close()
-        ledger.write()
+        with contextlib.suppress(OSError):  # a full disk is told of already
+            metrics.close()
+            ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
     unfinished = step < timeline.steps or gates.due(timeline, step) or incidents.rewind_from
@@ -315,7 +328,7 @@ def train_on(
 def export_average(workdir: Path, run: Run, params: Params, step: int) -> None:
     """Writes the averaged parameters as a model folder, once."""
     if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
-        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step, 0)["tokenizer"]
+        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step)["tokenizer"]
         model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
         save_model(workdir / AVERAGED, model, params, tokenizer)
 

@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices, so that meshes can be tested; a single-device mesh is the first of them.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import itertools
 import json
 import socket
 import subprocess
@@ -75,6 +76,49 @@ def door(compilation_cache):
         )  # fmt: skip
 
     return run
+
+
+# Imports a door once; then forks for each line of standard input, which says what to run where.
+FORKING = """
+import importlib, json, os, runpy, signal, sys, warnings
+name = sys.argv[1]
+importlib.import_module(name)
+warnings.filterwarnings("ignore", module="runpy")  # it says that the door is imported already
+for line in sys.stdin:
+    arguments, out, error = json.loads(line)
+    if not (child := os.fork()):
+        for number, path in enumerate((os.devnull, out, error)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        signal.alarm(300)
+        sys.argv = [name, *arguments]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forked_door(compilation_cache, tmp_path_factory):
+    """As `door`, without the two seconds of imports: for the many runs that end with an error."""
+    folder, servers, count = tmp_path_factory.mktemp("forked"), {}, itertools.count()
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+        if name not in servers:
+            servers[name] = subprocess.Popen(
+                [sys.executable, "-c", FORKING, f"llama3_jax.{name}"], cwd=REPOSITORY, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env=door_environment(compilation_cache),
+            )  # fmt: skip
+        number = next(count)
+        out, error = (folder / f"{number}.{kind}" for kind in ("out", "error"))
+        print(json.dumps([arguments, str(out), str(error)]), file=servers[name].stdin, flush=True)
+        code = int(servers[name].stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), error.read_text())
+
+    yield run
+    for server in servers.values():
+        server.communicate()
 
 
 def door_environment(compilation_cache: Path) -> dict[str, str]:

@@ -157,17 +157,17 @@ def test_a_finished_run_is_left_as_it_is(start, undisturbed):
     assert curve(undisturbed) == before
 
 
-def test_losses_that_are_not_finite_stop_the_run_with_the_documents(start, config, tmp_path, door):
+def test_losses_that_are_not_finite_stop_the_run_with_the_documents(forked_door, config, tmp_path):
     arguments = ["--config.stages[0].lr.peak=1e30", "--config.max_bad_steps=3"]
-    code, _, error = finish(start(tmp_path, *arguments))
-    assert code == 2
+    result = forked_door("train", config, f"--workdir={tmp_path}", *arguments)
+    assert result.returncode == 2
     records = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert [r["applied"] for r in records[-3:]] == [False] * 3
     assert "nan" in {records[-1]["loss"], records[-1]["grad_norm"]}
-    last = error.strip().splitlines()[-1]
+    last = result.stderr.strip().splitlines()[-1]
     assert "not finite for 3 steps in a row" in last
     step = records[-1]["step"] - 1
-    ledger = door("train", config, f"--documents_of_step={step}").stdout.splitlines()
+    ledger = forked_door("train", config, f"--documents_of_step={step}").stdout.splitlines()
     for entry in map(json.loads, ledger):
         assert f"{entry['source']}:{entry['document']}" in last
 
@@ -207,10 +207,10 @@ class TestBadInput:
     """Each gives one line on standard error, exit code 2, and leaves nothing behind."""
 
     @pytest.fixture
-    def refused(self, door, config, tmp_path):
+    def refused(self, forked_door, config, tmp_path):
         def run(*arguments: str, config: str = config) -> str:
             workdir = tmp_path / "run"
-            result = door("train", config, f"--workdir={workdir}", *arguments)
+            result = forked_door("train", config, f"--workdir={workdir}", *arguments)
             assert result.returncode == 2, result.stderr
             assert not workdir.exists()
             (line,) = result.stderr.strip().splitlines()
@@ -254,7 +254,7 @@ class TestBadInput:
         assert "config.modle: unknown key; nearest valid key: model" in line
 
     def test_a_shard_damaged_inside_ends_the_run_and_is_named(
-        self, door, config, corpora, tmp_path
+        self, forked_door, config, corpora, tmp_path
     ):
         shutil.copytree(corpora / "a/train", tmp_path / "a")
         for shard in (tmp_path / "a").glob("*.arrayrecord"):
@@ -262,7 +262,7 @@ class TestBadInput:
             data[200:-200] = bytes(len(data) - 400)
             shard.write_bytes(data)
         where = [f"--workdir={tmp_path}/run", f"--config.data.sources.a.train={tmp_path}/a"]
-        result = door("train", config, *where)
+        result = forked_door("train", config, *where)
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
         assert ".arrayrecord: damaged at record" in result.stderr.strip().splitlines()[-1]
@@ -289,36 +289,38 @@ def other_corpus(folder: Path) -> None:
         (["--config.stages[3].tokens=3072"], "the learning rate of step 18 is"),
     ],
 )
-def test_a_resume_with_another_config_is_refused(start, undisturbed, arguments, message):
+def test_a_resume_with_another_config_is_refused(
+    forked_door, config, undisturbed, arguments, message
+):
     before = curve(undisturbed)
-    code, _, error = finish(start(undisturbed, *arguments))
-    assert code == 2 and message in error
+    result = forked_door("train", config, f"--workdir={undisturbed}", *arguments)
+    assert result.returncode == 2 and message in result.stderr
     assert curve(undisturbed) == before
 
 
-def test_a_resume_with_another_tokenizer_is_refused(start, undisturbed, tmp_path):
+def test_a_resume_with_another_tokenizer_is_refused(forked_door, config, undisturbed, tmp_path):
     other_corpus(tmp_path)
     paths = [f"--config.data.sources.{name}.{split}={tmp_path}/other/{split}"
              for name in "ab" for split in ("train", "validation")]  # fmt: skip
-    code, _, error = finish(start(undisturbed, *paths))
-    assert code == 2 and "error: the tokenizer is" in error
+    result = forked_door("train", config, f"--workdir={undisturbed}", *paths)
+    assert result.returncode == 2 and "error: the tokenizer is" in result.stderr
 
 
-def test_generate_continues_text_from_the_run(door, undisturbed, tmp_path):
+def test_generate_continues_text_from_the_run(forked_door, undisturbed, tmp_path):
     arguments = [f"--model={undisturbed}", "--max_new_tokens=12"]
-    result = door("generate", *arguments, "--prompt=the model", "--prompt=data")
+    result = forked_door("generate", *arguments, "--prompt=the model", "--prompt=data")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("the model") and len(lines[0]) > len("the model")
     other_corpus(tmp_path)
-    wrong = door("generate", *arguments, "--prompt=x", f"--tokenizer={tmp_path}")
+    wrong = forked_door("generate", *arguments, "--prompt=x", f"--tokenizer={tmp_path}")
     assert wrong.returncode == 2 and "trained with tokenizer" in wrong.stderr
-    missing = door("generate", f"--model={tmp_path}/none", "--prompt=x")
+    missing = forked_door("generate", f"--model={tmp_path}/none", "--prompt=x")
     assert missing.returncode == 2 and "no model here" in missing.stderr
 
 
-def test_check_prints_the_timeline(door, config):
-    result = door("train", config, "--check")
+def test_check_prints_the_timeline(forked_door, config):
+    result = forked_door("train", config, "--check")
     assert result.returncode == 0
     for text in ("7,680 tokens in 22 steps", "annealing", "a 0.7, b 0.3", "epochs"):
         assert text in result.stdout

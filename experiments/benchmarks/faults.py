@@ -63,12 +63,15 @@ def define_flags() -> None:
 
 @dataclasses.dataclass
 class Life:
-    """One start of the command: process by process what it ended with, and the steps it saw."""
+    """One start of the command: process by process what it ended with, and the steps it saw.
+
+    `reached` is None where it ended before it had opened the run.
+    """
 
     codes: list[int]
     last_lines: list[str]
     began: int
-    reached: int
+    reached: int | None
 
 
 @dataclasses.dataclass
@@ -98,7 +101,9 @@ class Door:
         """`faults` are those of each process (see faults_program.py); "" is none."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "JAX_COMPILATION_CACHE_DIR", str(self.folder / "compiled")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes}",
         }
@@ -144,14 +149,25 @@ def make_corpora(folder: Path) -> None:
         tokenize([folder / f"{name}.jsonl"], folder / name, folder, Options(piece_bytes=8_000))
 
 
-def recorded(workdir: Path) -> int:
-    """The last step in metrics.jsonl; it may be written to meanwhile."""
-    try:
-        content = (workdir / METRICS_FILE).read_bytes()
-    except FileNotFoundError:
-        return 0
-    steps = re.findall(rb'"step": (\d+),', content[-8_000:])
-    return int(steps[-1]) if steps else 0
+class Metrics:
+    """The metrics.jsonl of a life that begins now, which writes the file anew when it opens the run."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / METRICS_FILE
+        self._before = self._inode()
+
+    def step(self) -> int | None:
+        """The last step recorded by this life; None before it opened the run."""
+        if self._inode() in (None, self._before):
+            return None
+        steps = re.findall(rb'"step": (\d+),', self._path.read_bytes()[-8_000:])
+        return int(steps[-1]) if steps else 0
+
+    def _inode(self) -> int | None:
+        try:
+            return self._path.stat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 def newest(workdir: Path) -> int:
@@ -166,6 +182,7 @@ Break = Callable[[list[subprocess.Popen], Path], None]
 
 def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None) -> Life:
     """Disturbs a start of the command, and waits for its end."""
+    metrics = Metrics(workdir)
     if disturb:
         disturb(children, workdir)
     while all(child.poll() is None for child in children):
@@ -182,9 +199,11 @@ def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None)
         texts.append(child.output.read())
         child.output.close()
     began = re.search(r"goes on after step (\d+)", texts[0])
-    last_lines = [(text.strip().splitlines() or [""])[-1] for text in texts]
+    lines = [text.strip().splitlines() or [""] for text in texts]
+    errors = [[line for line in of_one if line.startswith("error: ")] for of_one in lines]
+    last_lines = [(e or of_one)[-1] for e, of_one in zip(errors, lines, strict=True)]
     return Life([child.returncode for child in children], last_lines,
-                int(began[1]) if began else 0, recorded(workdir))  # fmt: skip
+                int(began[1]) if began else 0, metrics.step())  # fmt: skip
 
 
 def supervise(
@@ -244,17 +263,21 @@ def same(workdir: Path, reference: Path) -> bool:
 
 def lost_steps(lives: list[Life]) -> list[int]:
     """Of each fault: steps recorded by one life that the next one did again."""
-    return [max(a.reached - b.began, 0) for a, b in zip(lives, lives[1:], strict=False)]
+    opened = [life for life in lives if life.reached is not None]
+    return [max(a.reached - b.began, 0) for a, b in zip(opened, opened[1:], strict=False)]
 
 
 # ------------------------------------------------------------------------------ disturbances
 
 
 def at_step(step: int, act: Break, delay: float = 0.0) -> Break:
-    """Acts once a step is recorded (or a later one), and a little later if so wished."""
+    """Acts once a step is recorded (or a later one), and a little later if so wished; -1: at once."""
 
     def disturb(children: list[subprocess.Popen], workdir: Path) -> None:
-        while recorded(workdir) < step and all(child.poll() is None for child in children):
+        metrics = Metrics(workdir)
+        while step >= 0 and all(child.poll() is None for child in children):
+            if (metrics.step() or 0) >= max(step, 1):
+                break
             time.sleep(0.001)
         time.sleep(delay)
         act(children, workdir)
@@ -266,10 +289,10 @@ def in_save(after: int, delay: float) -> Break:
     """Kills while a checkpoint is being written, at or after a step."""
 
     def disturb(children: list[subprocess.Popen], workdir: Path) -> None:
-        folder = workdir / CHECKPOINTS
+        folder, metrics = workdir / CHECKPOINTS, Metrics(workdir)
         while all(child.poll() is None for child in children):
             names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            if recorded(workdir) >= after and any("tmp" in name for name in names):
+            if (metrics.step() or 0) >= after and any("tmp" in name for name in names):
                 break
             time.sleep(0.0005)
         time.sleep(delay)
@@ -283,22 +306,23 @@ def send(number: int, process: int = 0) -> Break:
 
 
 def random_kills(count: int, rng: random.Random, workdir: Path, told: list[str]) -> Iterator[Break]:
-    """Kills at random moments, each of them after the newest checkpoint of its life."""
+    """Kills at random moments, up to three intervals after the checkpoint where a life begins."""
     for number in range(count):
         step = newest(workdir)
-        boundary = next((s for s in range(STEPS, END, STEPS) if step <= s <= step + EVERY), None)
+        near = range(step + 1, step + 2 * EVERY + 1)
+        boundary = next((s for s in range(STEPS, END, STEPS) if s in near), None)
         if boundary and rng.random() < 0.7:
             told.append(f"stage change {boundary}")
             yield at_step(boundary, send(signal.SIGKILL), rng.uniform(0, 0.3))
         elif number % 3 == 0:
-            told.append(f"save {step + EVERY}")
-            yield in_save(step + EVERY - 1, rng.uniform(0, 0.1))
+            told.append(f"save {step + 2 * EVERY}")
+            yield in_save(step + 2 * EVERY - 1, rng.uniform(0, 0.1))
         elif number % 7 == 1:
             delay = rng.uniform(0.5, 6)
             told.append(f"start +{delay:.1f} s")
-            yield at_step(0, send(signal.SIGKILL), delay)
+            yield at_step(-1, send(signal.SIGKILL), delay)
         else:
-            target = step + rng.randint(1, EVERY + EVERY // 2)
+            target = step + rng.randint(1, 3 * EVERY)
             told.append(f"step {target}")
             yield at_step(target, send(signal.SIGKILL), rng.uniform(0, 0.01))
 
@@ -314,7 +338,7 @@ class Faults:
         self.reference, self.half = folder / "undisturbed", folder / "half"
         supervise(lambda: door.start(self.reference), self.reference, iter(()))
         # A run that was stopped half way is where most cases begin.
-        stopped = at_step(HALF, send(signal.SIGTERM))
+        stopped = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
         children = door.start(self.half)
         self.stopped = live(children, self.half, stopped)
         assert self.stopped.codes == [cli.EXIT_REQUEUE], self.stopped
@@ -338,7 +362,8 @@ class Faults:
         seconds = ", ".join(f"{key} {value:.1f}" for key, value in goodput["seconds"].items())
         booked = sum(goodput["seconds"].values())
         notes = f"{'; '.join(told)}. Booked {booked:.1f} of {goodput['elapsed']:.1f} s: {seconds}"
-        return self.outcome(f"kill -9, {FLAGS.kills} times in one run", workdir, lives, notes)
+        kills = sum(-signal.SIGKILL in life.codes for life in lives)
+        return self.outcome(f"kill -9, {kills} times in one run", workdir, lives, notes)
 
     def sigterm(self) -> Outcome:
         workdir = self.copy("sigterm")
@@ -513,10 +538,12 @@ def main(_) -> int:
                 lost = f"{max(result.lost, default=0)}"
                 if len(result.lost) > 1:
                     lost += f" at most, {sum(result.lost)} in all"
-                table.add_row(
+                row = (
                     result.name, "yes" if result.recovered else "NO", str(len(result.lives)), lost,
                     result.manual, result.notes.replace(folder, "…"),
                 )  # fmt: skip
+                console.print(" | ".join(row), markup=False)
+                table.add_row(*row)
         finally:
             door.close()
     console.print(table)
@@ -529,6 +556,5 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
     define_flags()
     cli.run(main)

@@ -7,7 +7,7 @@ CORPORA is a folder made by `faults.py`. Two devices make the mesh, of one proce
 
 from llama3_jax.recipe.config import run_config
 
-STEPS, EVERY = 40, 10  # of each stage; between checkpoints
+STEPS, EVERY = 60, 10  # of each stage; between checkpoints
 STAGES = ("short", "long", "longer", "wide", "annealing")
 
 
@@ -32,5 +32,5 @@ def get_config(corpora):
         ],
         checkpoint=dict(every_steps=EVERY, keep_last=3),
         # A hang shall be found in seconds here.
-        watchdog=dict(floor_seconds=5.0, other_seconds=120.0),
+        watchdog=dict(floor_seconds=15.0, other_seconds=300.0),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo import corpus, ladder
+from experiments.demo import cloze, corpus, ladder, recall
 from experiments.demo.curation import get_config as get_curation
 from experiments.demo.train import SOURCES, VOCAB_SIZE
 from llama3_jax import cli
@@ -42,6 +42,7 @@ HOLDOUT = 0.03
 SPECIALS = 16
 FIELDS = Fields("text", "doc", "language")
 BASELINES = {"unigram": 1, "bigram": 2, "5-gram": 5}
+RECALL_DOCUMENTS, QUESTIONS = 6_000, 20
 BASELINES_FILE = "baselines.json"
 CONFIG = Path(__file__).with_name("train.py")
 
@@ -62,6 +63,8 @@ def main(_) -> int:
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
+    part("make documents that ask for what they said", workdir / "tokens" / "recall", make_recall)
+    part("make questions of held-out text", workdir / "cloze.jsonl", make_questions)
     if FLAGS.prepare:
         return 0
     part("count n-grams, to compare with", workdir / BASELINES_FILE, count_baselines)
@@ -144,6 +147,22 @@ def tokenize(result: Path) -> None:
         console.print(f"{source}: {each}")
 
 
+def make_recall(result: Path) -> None:
+    """Key-value documents (experiments/demo/recall.py), tokenised."""
+    workdir = result.parent.parent
+    text = workdir / "corpus" / "recall.jsonl"
+    recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
+    options = tokenizing.Options(holdout=HOLDOUT)
+    infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)
+    console.print(f"{infos['train'].documents:,} documents, {infos['train'].tokens:,} tokens")
+
+
+def make_questions(result: Path) -> None:
+    """Which passage goes on? Asked of held-out text, by the gates and in the report."""
+    held_out = {name: result.parent / "tokens" / name / "validation" for name in SOURCES}
+    cloze.write(held_out, result, QUESTIONS)
+
+
 def count_baselines(result: Path) -> None:
     """Mean loss of n-gram models, trained on all sources, on each source's held-out documents."""
 
@@ -204,9 +223,15 @@ def summarise(workdir: Path) -> None:
     for column in ("source", *baselines, "this model", "bits per byte"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, loss in final["losses"].items():
+        if source not in SOURCES:
+            continue
         counted = [f"{baselines[name][source]:.3f}" for name in baselines]
         table.add_row(source, *counted, f"{loss:.3f}", f"{final['bits_per_byte'][source]:.3f}")
     console.print(table)
+    for record in records:
+        if record["kind"] == "evaluation" and "needle" in record:
+            found = f"{record['needle']['found']} of {record['needle']['asked']}"
+            console.print(f"needles found by the {record['model']} model: {found}")
     samples = [record for record in records if record["kind"] == "sample"][-1]["samples"]
     for sample in samples:
         console.print(f"[bold]{sample['prompt']!r}[/bold] goes on: {sample['text']!r}")

@@ -2,16 +2,20 @@
 
     make demo
     python -m llama3_jax.train --config=experiments/demo/train.py --workdir=runs/demo
+    python -m llama3_jax.train --config=experiments/demo/train.py:runs/demo,without_recall --workdir=…
 
-The second line needs the corpora that `make demo` prepares under runs/demo. Sequence length and
-batch ramp up as in Llama 3's initial pre-training; the last stage anneals the learning rate to 0
-with math and code up-sampled. Size and tokens are those that the demo's scaling-law ladder chose
+The second and third line need the corpora that `make demo` prepares under runs/demo. All three stages
+of Llama 3 in miniature: sequence length and batch ramp up; three increases of length, each behind the
+gate; annealing of the learning rate to 0 with math and code up-sampled, and the average of four
+checkpoints. Synthetic key-value documents (experiments/demo/recall.py) are a part of the mix: without
+them the run stops at the first gate with gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
 (experiments/demo/ladder.py), where it has run.
 """
 
 import json
 from pathlib import Path
 
+from experiments.demo import recall
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.recipe.config import run_config
 
@@ -20,6 +24,8 @@ SOURCES = ("general", "math", "code", "multilingual")
 # little of 53 languages for so short a run.
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
+# Shares of the key-value documents: in the initial stage's parts, and after it.
+RECALL = (0.50, 0.35, 0.25, 0.20)
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
 LADDER_LENGTH, VALIDATION_LENGTH, VALIDATION_TOKENS = 128, 256, 50_000
@@ -27,13 +33,13 @@ LADDER_LENGTH, VALIDATION_LENGTH, VALIDATION_TOKENS = 128, 256, 50_000
 LAYERS, DIM, TOKENS = 4, 128, 2_400_000
 
 
-def corpora(directory: str) -> dict[str, dict[str, str]]:
+def corpora(directory: str, *names: str) -> dict[str, dict[str, str]]:
     return {
         name: {
             "train": f"{directory}/tokens/{name}/train",
             "validation": f"{directory}/tokens/{name}/validation",
         }
-        for name in SOURCES
+        for name in names or SOURCES
     }
 
 
@@ -52,34 +58,64 @@ def main_shape(layers: int, dim: int) -> ModelConfig:
     return ModelConfig(**model_config(layers, dim))
 
 
+def with_recall(mix: dict[str, float], share: float) -> dict[str, float]:
+    return {name: weight * (1 - share) for name, weight in mix.items()} | {"recall": share}
+
+
 def get_config(argument: str = "runs/demo"):
-    """`argument`: directory of the corpora, and optionally the file of another ladder's plan."""
-    directory, _, other = argument.partition(",")
-    plan = Path(other or f"{directory}/ladder/plan.json")
+    """`argument`: directory of the corpora; then `,without_recall` to see the gate stop the run, or
+    `,FILE.json` for another ladder's plan."""
+    directory, _, option = argument.partition(",")
+    if option and option != "without_recall" and not option.endswith(".json"):
+        raise ValueError(f"{option!r} is neither without_recall nor a plan's .json file")
+    shares = (0.0,) * len(RECALL) if option == "without_recall" else RECALL
+    plan = Path(option if option.endswith(".json") else f"{directory}/ladder/plan.json")
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
-    tokens = chosen.get("tokens", TOKENS)
+    # The key-value documents come on top of the tokens that the ladder foresaw.
+    tokens = round(chosen.get("tokens", TOKENS) * 1.35)
 
-    def share(of_24: int) -> int:
-        return tokens * of_24 // 24
+    def share(of_48: int) -> int:
+        return tokens * of_48 // 48
 
+    gate = dict(every_tokens=share(1), max_tokens=share(8))
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),
-        data=dict(sources=corpora(directory), packing="best_fit"),
+        data=dict(sources=corpora(directory, *SOURCES, "recall"), packing="best_fit"),
         stages=[
             dict(
-                name="short", tokens=share(5), length=128, batch_tokens=1_024, mix=MIX,
-                lr=dict(shape="cosine", peak=5e-3, end=1e-3, warmup_tokens=share(1) // 2),
+                name="short", tokens=share(8), length=96, batch_tokens=960,
+                mix=with_recall(MIX, shares[0]),
+                lr=dict(
+                    shape="cosine", peak=5e-3, end=1e-3, warmup_tokens=share(1), tokens=share(36)
+                ),
             ),
-            dict(name="longer", tokens=share(7), length=256),
-            dict(name="bigger batch", tokens=share(6), batch_tokens=2_048),
             dict(
-                name="annealing", tokens=share(6), mix=ANNEALING_MIX,
-                lr=dict(shape="linear", end=0.0),
+                name="longer", tokens=share(10), length=128, batch_tokens=1_024,
+                mix=with_recall(MIX, shares[1]),
+            ),
+            dict(
+                name="bigger batch", tokens=share(6), batch_tokens=2_048,
+                mix=with_recall(MIX, shares[2]),
+            ),
+            dict(name="long 192", tokens=share(4), length=192, batch_tokens=1_920, gate=gate),
+            dict(name="long 256", tokens=share(4), length=256, batch_tokens=2_048, gate=gate),
+            dict(name="long 384", tokens=share(4), length=384, batch_tokens=1_920, gate=gate),
+            dict(
+                name="annealing", tokens=share(12), mix=with_recall(ANNEALING_MIX, shares[3]),
+                lr=dict(shape="linear", end=0.0), average=dict(checkpoints=4),
             ),
         ],
         checkpoint=dict(every_steps=200, keep_last=2),
-        validation=dict(every_tokens=share(5), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
+        validation=dict(every_tokens=share(6), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
+        evaluation=dict(
+            length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=6_144,
+            every_tokens=share(6), batch_tokens=4_096,
+            needle=dict(
+                haystack=f"{directory}/tokens/general/validation", statement=recall.STATEMENT,
+                key_words=recall.KEYS, value_words=recall.VALUES,
+            ),
+        ),
         samples=dict(
             prompts=("Romeo and Juliet, ACT II, SCENE II.", "The integral of", "def __init__(self,", "El valor de"),
             max_new_tokens=48,

@@ -21,7 +21,7 @@ from llama3_jax.evaluation.scoring import Request
 from llama3_jax.schema import Config
 
 STATEMENT = " The secret word of the {key} is {value}."
-# What {key} and {value} may be: common words, each once in a haystack, and no word is both.
+# What {key} and {value} may be: common words, and no word is both.
 KEYS = tuple(
     "king lord priest prophet servant master father mother brother daughter wife woman son man city "
     "house gate tent land world people god hand head heart mouth eyes face".split()
@@ -37,7 +37,8 @@ _SNAP = 64
 class NeedleConfig(Config):
     """What is asked. `haystack` is a tokenised corpus, or a file of text.
 
-    `depths` places from 0 to 1, `seeds` haystacks a cell, `keys` how many needles lie in one.
+    `depths` places from 0 to 1, `seeds` haystacks a cell, `keys` how many needles lie in one; their
+    keys and values are drawn from the words.
     `lengths` are those of the evaluation alone; a gate takes those of the stages so far.
     """
 
@@ -47,6 +48,8 @@ class NeedleConfig(Config):
     seeds: pydantic.PositiveInt = 5
     keys: tuple[pydantic.PositiveInt, ...] = (1,)
     statement: str = STATEMENT
+    key_words: tuple[str, ...] = KEYS
+    value_words: tuple[str, ...] = VALUES
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "NeedleConfig":
@@ -55,8 +58,9 @@ class NeedleConfig(Config):
             raise ValueError("statement must hold {key} and, after it, {value}, each once")
         if self.depths < 2:
             raise ValueError("depths must be 2 or more: the start, the end and places between")
-        if max(self.keys) > min(len(KEYS), len(VALUES)):
-            raise ValueError(f"keys: at most {min(len(KEYS), len(VALUES))} needles have names")
+        names = min(len(self.key_words), len(self.value_words))
+        if max(self.keys) > names:
+            raise ValueError(f"keys: at most {names} needles have names")
         return self
 
     def depth_values(self) -> list[float]:
@@ -103,8 +107,8 @@ def request(config: NeedleConfig, cell: Cell, haystack: Haystack) -> Request:
     """
     # The same seed draws the same names, text and other needles at all depths and lengths.
     draw = np.random.default_rng([cell.seed, cell.keys])
-    keys = draw.permutation(KEYS)[: cell.keys].tolist()
-    values = draw.permutation(VALUES)[: cell.keys].tolist()
+    keys = draw.permutation(config.key_words)[: cell.keys].tolist()
+    values = draw.permutation(config.value_words)[: cell.keys].tolist()
     start = int(draw.integers(len(haystack.tokens)))
     depths = [cell.depth, *draw.random(cell.keys - 1).tolist()]
 

@@ -95,12 +95,18 @@ class Watch:
         """
         with contextlib.suppress(Exception):
             self._show_position()
-            found = dict(self._store.key_value_dir_get(_AT))
-            positions = {int(key.rsplit("/", 1)[1]): json.loads(at) for key, at in found.items()}
+            before = dict(self._store.key_value_dir_get(_ALIVE))
+            time.sleep(3 * self._interval)
+            silent = {
+                key
+                for key, beat in self._store.key_value_dir_get(_ALIVE)
+                if before.get(key) == beat
+            }
+            positions = self._store.key_value_dir_get(_AT)
             names = dict(self._store.key_value_dir_get(_NAME))
-            message += "; " + missing(positions, {
-                process: names.get(f"{_NAME}/{process}", f"process {process}")
-                for process in positions
+            message += "; " + missing({
+                names[f"{_NAME}/{process}"]: (f"{_ALIVE}/{process}" not in silent, *json.loads(at))
+                for process, at in ((key.rsplit("/", 1)[1], at) for key, at in positions)
             })  # fmt: skip
         self._announce(message, EXIT_HUNG)
         if self._ending.acquire(blocking=False):
@@ -180,17 +186,23 @@ class Watch:
                 time.sleep(0.1)
 
 
-def missing(positions: dict[int, Position], names: dict[int, str]) -> str:
-    """Says whom the others wait for: those at the least step, busy with something of their own."""
-    first = min(step for step, _, _ in positions.values())
-    behind = {p: at for p, at in positions.items() if at[0] == first}
+def missing(processes: dict[str, tuple[bool, int, str, float]]) -> str:
+    """Says whom the others wait for: of each process, whether it lives, and its position.
+
+    Those that show no sign of life; or else those at the least step, busy with something of their
+    own.
+    """
+    if silent := [name for name, (lives, *_) in processes.items() if not lives]:
+        return f"missing: {', '.join(silent)}: no sign of life"
+    first = min(step for _, step, _, _ in processes.values())
+    behind = {name: at for name, at in processes.items() if at[1] == first}
     # One that is in a step waits for the others' part of it; one that is not, does not.
-    behind = {p: at for p, at in behind.items() if at[1] != "step"} or behind
-    if len(behind) == len(positions) > 1:
+    behind = {name: at for name, at in behind.items() if at[2] != "step"} or behind
+    if len(behind) == len(processes) > 1:
         return f"all processes are at the same place, after step {first}"
     whom = ", ".join(
-        f"{names[p]} (after step {step}: {what} for {seconds:.0f} s)"
-        for p, (step, what, seconds) in sorted(behind.items())
+        f"{name} (after step {step}: {what} for {seconds:.0f} s)"
+        for name, (_, step, what, seconds) in sorted(behind.items())
     )
     return f"missing: {whom}"
 

@@ -15,6 +15,7 @@ from llama3_jax.recipe.timeline import Stage
 from llama3_jax.schema import Config, parse
 from llama3_jax.training.health import HealthConfig
 from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.sinks import SinkName
 from llama3_jax.training.watchdog import WatchdogConfig
 
 
@@ -81,6 +82,7 @@ class RunConfig(Config):
     watchdog: WatchdogConfig = WatchdogConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1
+    sinks: tuple[SinkName, ...] = ()
 
 
 def run_config(**values) -> ml_collections.ConfigDict:

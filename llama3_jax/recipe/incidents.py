@@ -56,7 +56,8 @@ class Incidents:
             self.bad_steps = 0
             return
         event = self._event(step, stage, loss, grad_norm, finding)
-        logging.warning("%s", _sentence(event))
+        level = logging.INFO if finding.action == "record" else logging.WARNING
+        logging.log(level, "%s", _sentence(event))
         if finding.action == "rewind":
             if self._events.rewinds() >= self._run.config.health.max_rewinds:
                 raise UserError(f"{_sentence(event)}; the run has been rewound "

@@ -12,7 +12,8 @@ from absl import logging
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
-from llama3_jax.recipe.prepare import Run, leave_out
+from llama3_jax.recipe.gate import GateLog
+from llama3_jax.recipe.prepare import Run, follow, leave_out
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint, Restored
 from llama3_jax.training.events import Events
 from llama3_jax.training.health import Health
@@ -43,8 +44,9 @@ def replay(run: Run, workdir: Path, number: int) -> str:
             f"--replay_event={number}: {workdir} has {len(events.events)} events, numbered from 0"
         )
     event, left_out = events.events[number], events.left_out(before=number)
-    run = leave_out(run, left_out)
-    config, timeline, last = run.config, run.timeline, event["step"]
+    run, last = leave_out(run, left_out), event["step"]
+    timeline = follow(run, [v for v in GateLog(workdir).verdicts if v.step <= last])
+    config = run.config
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     restored = _restore(run, workdir, layouts, last, left_out)
     if restored:

@@ -16,6 +16,7 @@ from llama3_jax.training.checkpoint import (
     DamagedCheckpoint,
     model_metadata,
 )
+from llama3_jax.training.events import EVENTS_FILE
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
@@ -119,6 +120,13 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name, fingerprint in now["corpora"].items():
         where = f"the corpus of config.data.sources.{name}.train"
         compare(where, saved["corpora"][name], fingerprint, " (fingerprints)")
+    for stage, numbers in saved.get("left_out", {}).items():
+        if gone := set(numbers) - set(now.get("left_out", {}).get(stage, ())):
+            raise UserError(
+                f"the checkpoint of step {saved['step']} was made without batches {sorted(gone)} of "
+                f"stage {stage}, but {EVENTS_FILE} does not name them: restore the file or choose "
+                "another --workdir"
+            )
     for number, before in enumerate(saved["stages"]):
         if before["first_step"] > saved["step"]:
             break

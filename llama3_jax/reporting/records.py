@@ -86,17 +86,22 @@ class RunRecords:
         return list(dict.fromkeys(itertools.chain(*mixes, *losses)))
 
 
+def require_run(workdir: Path) -> None:
+    """Raises UserError where `workdir` isn't the directory of a run."""
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: no such directory")
+    if not (workdir / METRICS_FILE).is_file():
+        raise UserError(f"{workdir}: not the directory of a run: it has no {METRICS_FILE}")
+
+
 def load(workdir: Path) -> RunRecords:
     """Reads a run's directory.
 
     Raises:
       UserError: it isn't that of a run, or a file in it is damaged.
     """
+    require_run(workdir)
     path = workdir / METRICS_FILE
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: no such directory")
-    if not path.is_file():
-        raise UserError(f"{workdir}: not the directory of a run: it has no {METRICS_FILE}")
     try:
         records = read_metrics(workdir)
     except ValueError:

@@ -5,12 +5,25 @@ from pathlib import Path
 
 from llama3_jax.reporting import curation, evaluation, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
+from llama3_jax.reporting.records import require_run
+
+FUNNEL = "curation/funnel.json"
+
+
+def curation_sections(workdir: Path) -> list[Section]:
+    if not (workdir / FUNNEL).exists():
+        return []
+    from llama3_jax.reporting import curation  # needs the packages of the extra "curation"
+
+    return curation.sections(workdir)
+
 
 # Each gives sections where the run's folder holds what it shows, and none where it does not.
 PARTS: tuple[Callable[[Path], list[Section]], ...] = (
     curation.sections,
     evaluation.sections,
     survival.sections,
+    curation_sections,
     tokenizers.sections,
 )
 
@@ -21,4 +34,5 @@ def write_run_report(workdir: Path, first: Sequence[Section] = ()) -> Path:
     Raises:
       UserError: it is not a run's, a file in it is damaged, or the report can't be written.
     """
+    require_run(workdir)
     return write_report(workdir, [*first, *(s for part in PARTS for s in part(workdir))])

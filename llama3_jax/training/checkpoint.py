@@ -133,6 +133,7 @@ class Checkpoints:
         self.wait()
         if self._manager is not None:
             self._manager.close()
+            self._manager = None  # it remembers what is there
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata of a checkpoint.
@@ -178,7 +179,6 @@ class Checkpoints:
         They are those of a past that the run is to forget. All processes call it together.
         """
         self.close()
-        self._manager = None  # it remembers what is there
         present = self.steps()
         self._present = {s for s in present if s <= step}
         if processes.is_first():

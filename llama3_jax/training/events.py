@@ -26,9 +26,9 @@ class Events:
         """
         self._path, self._writes = workdir / EVENTS_FILE, writes
         self.events: list[dict[str, Any]] = []
-        self._whole = 0  # bytes of whole lines
         if not self._path.exists():
             return
+        whole = 0  # bytes
         for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):
                 break
@@ -36,7 +36,9 @@ class Events:
                 self.events.append(json.loads(line))
             except ValueError:
                 raise UserError(f"{self._path}: line {number + 1} is not JSON") from None
-            self._whole += len(line)
+            whole += len(line)
+        if writes:
+            os.truncate(self._path, whole)
 
     def add(self, event: dict[str, Any]) -> int:
         """Adds an event unless it is there, on disk before this returns; returns its number."""
@@ -49,11 +51,9 @@ class Events:
             return event["event"]
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
         with open(self._path, "ab") as file:
-            file.truncate(self._whole)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._whole += len(line)
         return event["event"]
 
     def left_out(self, before: int | None = None) -> dict[int, list[int]]:

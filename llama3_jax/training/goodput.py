@@ -135,6 +135,8 @@ class Ledger:
     def mark(self, step: int) -> None:
         """A checkpoint of `step` begins to be saved: a restart from it loses only what follows."""
         self._book()
+        if self._session is None:
+            return
         marks = self._session["marks"]
         marks[:] = [mark for mark in marks if mark["after"] != step][1 - _MARKS_KEPT :]
         marks.append({"after": step, **{k: self._session["seconds"][k] for k in _REPEATED}})
@@ -146,9 +148,9 @@ class Ledger:
         return Position(self._step, self._category, self._moves)
 
     def write(self) -> None:
-        """Brings the file up to date."""
+        """Brings the file up to date; before `begin` there is nothing to say."""
         self._book()
-        if self._path is None:
+        if self._path is None or self._session is None:
             return
         begun = self._clock()
         write_json(self._path, summary(self._sessions))

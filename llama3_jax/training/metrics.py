@@ -3,12 +3,14 @@
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from llama3_jax.files import read_json_lines, write_text
+from llama3_jax.training.sinks import Sink
 
 METRICS_FILE, GATES_FILE = "metrics.jsonl", "gates.jsonl"
 
@@ -16,8 +18,9 @@ METRICS_FILE, GATES_FILE = "metrics.jsonl", "gates.jsonl"
 class MetricsWriter:
     """Appends records; a resumed run first forgets those after the checkpoint it goes on from."""
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, sinks: Sequence[Sink] = ()):
         """Drops the records of steps after `step`, and a line cut off by a crash."""
+        self._sinks = sinks
         self._path = workdir / METRICS_FILE
         if self._path.exists():
             kept = [record for record in read_metrics(workdir) if record["step"] <= step]
@@ -28,21 +31,16 @@ class MetricsWriter:
     def write(self, kind: str, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Records `values` of a kind ("train", "validation", …) after `step` steps.
 
-        Numbers, and numbers in dicts one level down, also go to TensorBoard.
+        Numbers, and numbers in dicts one level down, also go to TensorBoard and the sinks.
         """
         record = {"kind": kind, "step": step, "tokens": tokens, **values}
         self._file.write(_line(record))
         self._file.flush()
-        for key, value in values.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._scalar(f"{kind}/{key}/{name}", number, step)
-            else:
-                self._scalar(f"{kind}/{key}", value, step)
-
-    def _scalar(self, tag: str, value: Any, step: int) -> None:
-        if isinstance(value, int | float):
+        scalars = dict(_scalars(values, kind))
+        for tag, value in scalars.items():
             self._board.add_scalar(tag, value, step)
+        for sink in self._sinks:
+            sink.write(scalars | {"tokens": tokens}, step)
 
     def sync(self) -> None:
         """Makes sure that all records are on disk: before a checkpoint counts on them."""
@@ -51,6 +49,16 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def _scalars(values: dict[str, Any], kind: str) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        within = value if isinstance(value, dict) else {"": value}
+        for name, number in within.items():
+            if isinstance(number, int | float):
+                yield f"{kind}/{key}/{name}".rstrip("/"), number
 
 
 class NoMetrics:

@@ -39,6 +39,11 @@ class RunProgress:
         if not self._live and (last or record["step"] % self._log_every == 0):
             self.say(f"{stage}: step {record['step']}  {text}")
 
+    def set_total(self, tokens: int) -> None:
+        """The run has become longer or shorter."""
+        self._total = tokens
+        self._progress.update(self._task, total=tokens)
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(text, highlight=False, markup=False)

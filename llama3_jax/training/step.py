@@ -67,9 +67,9 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One AdamW update; not applied when the loss or the gradients are not finite or over `limits`.
 
-    The choice between the old and the new value is made as each element is updated, which XLA fuses
-    into one pass over the donated state: it takes no memory. Loss and gradients are means over all loss tokens of the batch, so the split in micro-batches
-    changes nothing but rounding.
+    Old or new is chosen element by element as the update is made, over the donated state: there is
+    no second copy of it. Loss and gradients are means over all loss tokens of the batch, so the
+    split in micro-batches changes nothing but rounding.
     """
     rows, length = batch["tokens"].shape
     sharding.check_batch(rows, length, micro_batches, layout)

@@ -1,6 +1,7 @@
 """Labels by a Llama: likelihoods against a plain forward pass, rubrics, files, agreement."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from llama3_jax.curation.label import (
 from llama3_jax.curation.labelled import read_labels
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
+from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import abstract_params, forward
 
@@ -201,3 +203,41 @@ def test_bad_input(judge, rubric, tmp_path):
         row = {"doc": doc, "text": "x", "label": "y"}
         (tmp_path / name).write_text(json.dumps(row) + "\n")
     refused("no labelled document in common", compare, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_the_doors_commands(judge, tmp_path, door):
+    """Labels by a Hugging Face directory, from the command line as a user would."""
+    hf.save(tmp_path / "llama", judge.config, judge.params, "float32")
+    judge.tokenizer.save_json(tmp_path / "llama" / "tokenizer.json")
+    documents = tmp_path / "in.jsonl"
+    documents.write_text('{"doc": "a", "text": "one"}\n{"doc": "b", "text": "two"}\n')
+    output = tmp_path / "out.parquet"
+    done = door(
+        "curate", "label", f"--model={tmp_path / 'llama'}", "--rubric=code", f"--input={documents}",
+        f"--output={output}", "--order=reversed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of 2 documents" in done.stdout
+    rows = pyarrow.parquet.read_table(output).to_pylist()
+    config = LabelConfig(rubric="code", order="reversed", max_length=4096)
+    found = probabilities(judge, read_rubric("code", "reversed"), ["one", "two"], config)
+    np.testing.assert_allclose([row["answers"] for row in rows], found, atol=0.02)  # bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["label", "--output=x.parquet"], "--model is required"),
+        (["agree", "--reference=none.jsonl", "--other=x"], "none.jsonl: input file not found"),
+        (["train_fasttext", "--output=x"], "give labelled documents by --input=FILE or by"),
+        (["train_fasttext", "--output=x", "--documents=a"], "--documents=a: LABEL=FILE"),
+        (["train_roberta", "--output=x"], "options.base: required key is missing"),
+        (["train_fasttext", "--holdout=2", "--output=x"], "options.holdout: .*less than 1"),
+    ],
+)
+def test_the_doors_errors(door, arguments, message):
+    done = door("curate", *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -48,7 +48,8 @@ def test_the_main_run_takes_size_and_tokens_from_the_plan(tmp_path, rows):
     config = parse(RunConfig, get_config(str(tmp_path)))
     assert (config.model.layers, config.model.dim) == (5, 160)
     timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    assert timeline.tokens == pytest.approx(1_500_000, rel=0.01)
+    # A third more than planned, for the key-value documents.
+    assert timeline.tokens == pytest.approx(1_500_000 * 1.35, rel=0.01)
 
 
 def test_the_report_shows_forecast_and_outcome(tmp_path, rows):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -6,13 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import random_documents
 
-from experiments.demo import run
+from experiments.demo import recall, run
 from experiments.demo.train import SOURCES, VOCAB_SIZE, get_config
 from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.data.tokenizing import in_holdout
+from llama3_jax.evaluation import tasks
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.timeline import Timeline
+from llama3_jax.recipe.prepare import lay_out, prepare
 from llama3_jax.schema import parse
 
 
@@ -63,10 +65,45 @@ def test_a_finished_part_is_passed_over(tmp_path):
     assert made == [tmp_path / "thing"]
 
 
-def test_the_config_is_valid_and_has_both_ramps():
-    config = parse(RunConfig, get_config("anywhere"))
-    timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    assert len({stage.length for stage in timeline.stages}) == 2
-    assert len({stage.batch_tokens for stage in timeline.stages}) == 2
+def test_recall_documents_state_each_key_with_one_value():
+    texts = [" ".join(f"word{i}" for i in range(300))]
+    made = recall.documents(texts, 60)
+    assert len({document["id"] for document in made}) == 60
+    repeated = 0
+    for document in made:
+        stated = re.findall(r" Note: (\w+) (\w+)\.", document["text"])
+        assert stated and set(dict(stated).items()) == set(stated)
+        assert set(dict(stated)) <= set(recall.KEYS)
+        assert set(dict(stated).values()) <= set(recall.VALUES)
+        repeated += len(stated) > len(set(stated))
+    assert repeated > 40
+    assert made == recall.documents(texts, 60)
+
+
+def test_cloze_questions_have_the_right_passage_once(prepared):
+    run.make_questions(prepared / "cloze.jsonl")
+    task = tasks.load("cloze", str(prepared / "cloze.jsonl"))
+    assert len(task.questions) == run.QUESTIONS * len(SOURCES)
+    corpus = Corpus(prepared / "tokens" / "code" / "validation")
+    tokenizer = corpus.tokenizer()
+    text = " ".join(
+        " ".join(tokenizer.decode(corpus.document(i).tokens[1:-1].tolist()).split())
+        for i in range(len(corpus))
+    )
+    for question in (q for q in task.questions if q.id.startswith("code")):
+        assert question.context + question.choices[question.answer] in text
+
+
+def test_the_config_is_valid_and_has_all_three_stages(prepared):
+    run.make_recall(prepared / "tokens" / "recall")
+    run.make_questions(prepared / "cloze.jsonl")
+    config = parse(RunConfig, get_config(str(prepared)))
+    timeline = prepare(config).timeline
+    gated = [stage for stage in timeline.stages if stage.gate]
+    assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 384, 384]
+    assert [stage.length for stage in gated] == [192, 256, 384]
+    assert timeline.stages[-1].average.checkpoints == 4
+    without = lay_out(parse(RunConfig, get_config(f"{prepared},without_recall")))
+    assert all(stage.mix["recall"] == 0 for stage in without.stages)
     assert 1e6 < config.model.parameter_count() < 2e6
     assert timeline.learning_rate(timeline.tokens) == 0

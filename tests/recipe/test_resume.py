@@ -33,6 +33,14 @@ def metadata(corpora):
     return metadata
 
 
+def test_the_batches_that_were_left_out_must_be_known(metadata):
+    saved = metadata(3) | {"left_out": {"0": [1, 2]}}
+    check_same_run(saved, metadata(3) | {"left_out": {"0": [1, 2, 7], "1": [0]}})
+    for left_out in ({}, {"0": [2]}):
+        with pytest.raises(UserError, match=r"made without batches \[1.*events.jsonl"):
+            check_same_run(saved, metadata(3) | {"left_out": left_out})
+
+
 def changed(number: int, **changes) -> list[dict]:
     return [s | changes if i == number else s for i, s in enumerate(STAGES)]
 

@@ -127,6 +127,18 @@ def test_a_rewind_in_the_same_process(job, tmp_path):
     assert result["seconds"]["down"] == 0
 
 
+def test_a_job_that_has_ended_is_not_prolonged_by_another_start(job, tmp_path):
+    ledger, clock = job(1000)
+    ledger.begin(0)
+    train(ledger, clock, 0, 4)
+    ledger.write()
+    before = content(tmp_path)
+    ledger, clock = job(9000)  # begins nothing
+    save(ledger, clock, 4)
+    ledger.write()
+    assert content(tmp_path) == before
+
+
 def test_processes_that_do_not_write(tmp_path):
     ledger = Ledger(None, Clock(5.0), born=1.0)
     ledger.begin(3)

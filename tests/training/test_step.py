@@ -13,6 +13,7 @@ from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.training.gradients import make_gradients
 from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
 from llama3_jax.training.step import (
+    NO_LIMITS,
     Limits,
     StepMetrics,
     TrainState,
@@ -70,7 +71,8 @@ def run_steps(mesh_config, micro_batches=1, steps=3):
     state = init_state(MODEL, OPTIMIZER, mesh, 0)
     step = compile_step(MODEL, OPTIMIZER, mesh, micro_batches, 2)
     for i in range(steps):
-        state, metrics = step(state, put_batch(make_batch(seed=i), mesh), np.float32(1e-2))
+        batch = put_batch(make_batch(seed=i), mesh)
+        state, metrics = step(state, batch, np.float32(1e-2), NO_LIMITS)
     return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -170,7 +172,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
     step = compile_step(MODEL, OPTIMIZER, mesh, 1, 2)
     batch = make_batch()
     batch["tokens"][0, 0] = 0
-    after, metrics = step(state, put_batch(batch, mesh), np.float32(1e-2))
+    after, metrics = step(state, put_batch(batch, mesh), np.float32(1e-2), NO_LIMITS)
     assert not metrics.applied and not np.isfinite(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
 
@@ -179,15 +181,15 @@ def test_a_step_over_its_limits_is_not_applied():
     mesh = make_mesh(DATA8)
     step, batch = compile_step(MODEL, OPTIMIZER, mesh, 1, 2), put_batch(make_batch(), mesh)
 
-    def run(*limits) -> tuple[bool, StepMetrics]:
+    def run(limits) -> tuple[bool, StepMetrics]:
         """Whether the state changed, and the metrics."""
         state = init_state(MODEL, OPTIMIZER, mesh, 0)
         before = jax.device_get(state)
-        after, metrics = step(state, batch, np.float32(1e-2), *limits)
+        after, metrics = step(state, batch, np.float32(1e-2), limits)
         pairs = zip(*map(jax.tree.leaves, (before, jax.device_get(after))), strict=True)
         return not all(np.array_equal(a, b) for a, b in pairs), metrics
 
-    changed, free = run()
+    changed, free = run(NO_LIMITS)
     assert changed and free.applied
     loss, norm = float(free.loss), float(free.grad_norm)
     for limits, applied in (
@@ -206,7 +208,8 @@ def test_counts_of_a_step():
     batch["loss_mask"][0, 20:] = False
     mesh = make_mesh(DATA8)
     step = compile_step(MODEL, OPTIMIZER, mesh, 1, 2)
-    _, m = step(init_state(MODEL, OPTIMIZER, mesh, 0), put_batch(batch, mesh), np.float32(0))
+    state = init_state(MODEL, OPTIMIZER, mesh, 0)
+    _, m = step(state, put_batch(batch, mesh), np.float32(0), NO_LIMITS)
     pairs = sum(
         (batch["segment_ids"][r, s] == batch["segment_ids"][r, t]) & (t <= s)
         for r in range(8) for s in range(24) for t in range(24) if batch["segment_ids"][r, s]

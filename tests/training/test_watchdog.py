@@ -81,10 +81,12 @@ def test_stacks_of_all_threads_are_written(watched, tmp_path):
 
 
 def test_who_is_missing():
-    names = {i: f"process {i} (host{i})" for i in range(3)}
-    behind = {0: (7, "step", 40.0), 1: (6, "data", 41.0), 2: (7, "step", 40.0)}
-    assert missing(behind, names) == "missing: process 1 (host1) (after step 6: data for 41 s)"
-    same_step = {0: (7, "step", 40.0), 1: (7, "checkpoint", 41.0), 2: (7, "step", 40.0)}
-    assert "process 1" in missing(same_step, names) and "process 0" not in missing(same_step, names)
-    everywhere = dict.fromkeys(range(3), (7, "step", 40.0))
-    assert missing(everywhere, names) == "all processes are at the same place, after step 7"
+    waiting = (True, 7, "step", 40.0)
+    behind = {"a": waiting, "b": (True, 6, "data", 41.0), "c": waiting}
+    assert missing(behind) == "missing: b (after step 6: data for 41 s)"
+    same_step = {"a": waiting, "b": (True, 7, "checkpoint", 41.0), "c": waiting}
+    assert missing(same_step) == "missing: b (after step 7: checkpoint for 41 s)"
+    dead = {"a": (True, 6, "data", 41.0), "b": waiting, "c": (False, *waiting[1:])}
+    assert missing(dead) == "missing: c: no sign of life"
+    everywhere = dict.fromkeys("abc", waiting)
+    assert missing(everywhere) == "all processes are at the same place, after step 7"
