@@ -344,6 +344,8 @@ class _Reader:
                 False, math, min(self.bold, len(text)), self.classes,
             )  # fmt: skip
             self.blocks.append(block)
+            if len(self.blocks) > bounds.MAX_BLOCKS:
+                raise TooLarge("too_many_blocks")
             if not literal:
                 self.plain.append(block)
         self.reset()
