@@ -228,6 +228,9 @@ def train_on(
         ):
             ledger.enter("setup")
             if gates.due(timeline, step):  # asked on the mesh of the stage that has ended
+                log.flush()
+                if incidents.rewind_from:
+                    continue
                 index = timeline.stage_index(step - 1)
                 lie_on(layouts[index])
                 with ledger.booking("checkpoint"):
