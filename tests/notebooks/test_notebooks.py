@@ -8,7 +8,12 @@ from conftest import REPOSITORY
 # What the outputs must hold: what a notebook is there to show.
 SAID = {
     "model": ("in all others: 0.0", "in 2 x CP chunks: the busiest rank over the mean 1.000"),
-    "curation": ("v = \\frac{s}{t}", "kept 25, no_text 5", "extract: REJECTED, no_text"),
+    "curation": (
+        "v = \\frac{s}{t}",
+        "kept 25, no_text 5",
+        "minhash_near_duplicate 5",
+        "extract: REJECTED, no_text",
+    ),
     "scaling_laws": ("over all methods and their intervals", "back-test", "interval becomes"),
     "long_context": ("7 tokens apart at the start 0.810400, and at 1,000 0.810400", "depth 1.0:"),
     "planning": ("temporary", " fit\n", "rank 3"),
