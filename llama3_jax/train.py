@@ -173,8 +173,8 @@ def train_on(
 
     # ---- log
     if writes:
-        plain = json.loads(config.model_dump_json())
-        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, plain) for s in config.sinks])
+        values = json.loads(config.model_dump_json())
+        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, values) for s in config.sinks])
     else:
         metrics = NoMetrics()
     progress = RunProgress(
