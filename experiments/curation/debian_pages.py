@@ -3,7 +3,7 @@
     sudo apt-get update
     python -m experiments.curation.debian_pages --output=debian_pages
 
-About 40,000 HTML pages: help and handbooks in 12 languages, programming languages, a database,
+About 30,000 HTML pages: help in six languages, a handbook in 26, programming languages, a database,
 mathematics. Works on Debian and Ubuntu; where a release names a package otherwise, say which with
 --packages. The licences are the packages' own (usr/share/doc/<package>/copyright in the folder).
 """
@@ -18,7 +18,7 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 
-LANGUAGES = ("de", "en-us", "es", "fr", "it", "ja", "ko", "pt-br", "ru", "zh-cn", "hi", "tr")
+LANGUAGES = ("de", "en-us", "hi", "ja", "ru", "zh-cn")
 PACKAGES = (
     *(f"libreoffice-help-{language}" for language in LANGUAGES),
     "debian-handbook",

@@ -25,7 +25,7 @@ from llama3_jax.curation.words import UNSPACED
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
 
-VERSION = 1
+VERSION = 2
 _LETTER = r"\p{L}\p{M}\p{N}_"
 _SEPARATOR = regex.compile(f"[^{_LETTER}]")
 _SOURCE = "ldnoobw-"
@@ -38,7 +38,8 @@ class SafetyConfig(Config):
     Raffel et al. rejected at the first (0 and 0.0), which costs medicine, law and the pages of
     minorities. The paper counts, "to filter out adult websites that are not covered by domain block
     lists", but gives no number: these are ours. `files` gives a language its own list, a UTF-8 file
-    with a word or phrase a line. `allowed` are words that lists hold and pages need (mC4's, and the Japanese for "insert");
+    with a word or phrase a line. `allowed` are words that lists hold and pages need (mC4's; the Japanese
+    for "insert", and the beginning of that for "fax"; a variable of numerical code; scripture);
     `allow_okayish` leaves out what the package marks as mostly innocent ("sex", "hell").
     """
 
@@ -46,7 +47,8 @@ class SafetyConfig(Config):
     max_share: float = Field(0.005, ge=0)
     files: dict[str, str] = {}
     allowed: dict[str, tuple[str, ...]] = {
-        "ja": ("sm", "グロ", "女の子", "挿入"),
+        "en": ("bondage", "eunuch", "xx"),
+        "ja": ("sm", "グロ", "ファック", "女の子", "挿入"),
         "zh": ("性",),
     }
     allow_okayish: bool = True

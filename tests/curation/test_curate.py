@@ -433,7 +433,9 @@ def test_a_ray_worker_that_dies_changes_nothing(door, crawl, tmp_path):
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     try:
-        workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        # Addresses of their own, or the run might hang on the node that is killed.
+        addresses = ("127.0.0.2", "127.0.0.3")
+        workers = [cluster.add_node(num_cpus=1, node_ip_address=ip) for ip in addresses]
         command = [
             sys.executable, "-m", "llama3_jax.curate", f"--config={config}",
             f"--workdir={tmp_path / 'ray'}", "--runner=ray", f"--address={cluster.address}",
