@@ -173,8 +173,8 @@ def train_on(
 
     # ---- log
     if writes:
-        saved = json.loads(config.model_dump_json())
-        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, saved) for s in config.sinks])
+        values = json.loads(config.model_dump_json())
+        metrics = MetricsWriter(workdir, step, [Sink(s, workdir, values) for s in config.sinks])
     else:
         metrics = NoMetrics()
     progress = RunProgress(
@@ -228,6 +228,9 @@ def train_on(
         ):
             ledger.enter("setup")
             if gates.due(timeline, step):  # asked on the mesh of the stage that has ended
+                log.flush()
+                if incidents.rewind_from:
+                    continue
                 index = timeline.stage_index(step - 1)
                 lie_on(layouts[index])
                 with ledger.booking("checkpoint"):

@@ -4,6 +4,7 @@
         --config=experiments/annealing/probe.py:runs/base,corpora/new,0
     python -m llama3_jax.train --workdir=runs/probe/control-0 \\
         --config=experiments/annealing/probe.py:runs/base,control,0
+    python -m llama3_jax.launch --config=experiments/annealing/probe.py:runs/base,corpora/new   # all arms
     python -m experiments.annealing.probe --workdir=runs/probe       # scores.csv: held-out losses
     python -m llama3_jax.fit probe --data=runs/probe/scores.csv
 
@@ -21,6 +22,7 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_text
+from llama3_jax.launching.experiment import WorkUnit
 from llama3_jax.recipe.config import RunConfig, run_config
 from llama3_jax.recipe.timeline import Timeline
 from llama3_jax.scaling.probe import CONTROL
@@ -33,9 +35,13 @@ CANDIDATE, CANDIDATE_WEIGHT = "candidate", 0.3
 ANNEALING_SHARE = 0.005
 
 
-def sweep(base: str, candidates: tuple[str, ...], seeds: int = 3) -> list[str]:
-    """The arguments that `get_config` takes, one a run: each candidate and the control arm."""
-    return [f"{base},{arm},{seed}" for arm in (CONTROL, *candidates) for seed in range(seeds)]
+def sweep(argument: str, seeds: int = 3) -> list[WorkUnit]:
+    """Each candidate and the control arm, in directories ARM-SEED; `argument`: base, candidates."""
+    base, *candidates = argument.split(",")
+    return [
+        WorkUnit(name=f"{Path(arm).name}-{seed}", argument=f"{base},{arm},{seed}")
+        for arm in (CONTROL, *candidates) for seed in range(seeds)
+    ]  # fmt: skip
 
 
 def get_config(argument: str = f"runs/base,{CONTROL},0", share: float = ANNEALING_SHARE):

@@ -21,6 +21,7 @@ Jaccard similarity of the two pages' shingles is below 0.5.
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -59,7 +60,7 @@ FLAGS = flags.FLAGS
 console = Console(width=180, highlight=False)
 LIKE_PEER = minhash.MinhashConfig(bands=14, rows=8, verify=False, within_language=False)
 STAGES = {
-    "urls": (urls.urls, urls.UrlsConfig(), "ours also makes them canonical; 88 domains, theirs 4.6 million and words"),
+    "urls": (urls.urls, urls.UrlsConfig(), "ours also makes them canonical; its lists are small"),
     "url_dedup": (url_dedup.url_dedup, url_dedup.UrlDedupConfig(), "ours keeps the newest"),
     "languages": (languages.languages, languages.LanguagesConfig(), "ours reads 1,000 characters, theirs all"),
     "minhash": (minhash.minhash, LIKE_PEER, "both 14 bands of 8, unverified"),
@@ -70,6 +71,7 @@ STAGES = {
     "safety": (safety.safety, safety.SafetyConfig(), "ours counts, theirs stops at the first word"),
     "pii": (pii.pii, pii.PiiConfig(), "ours six kinds, theirs e-mail and IP"),
 }  # fmt: skip
+_CJK = "\u3040-\u30ff\u4e00-\u9fff"
 WITHOUT_PEER = ("minhash, verified", "divergence")
 
 
@@ -115,6 +117,10 @@ def _add(rows: dict[str, dict], html: bytes, url: str, source: str) -> None:
     if isinstance(outcome, Document):
         doc = hashlib.md5(f"{source} {url} {len(rows)}".encode()).hexdigest()
         rows[doc] = {"doc": doc, "url": url, "time": "", "source": source, "text": outcome.text, "title": "", "language": ""}  # fmt: skip
+
+
+def scratch(work: Path) -> Path:
+    return work / f"scratch-{os.getpid()}"
 
 
 class Peer:
@@ -166,13 +172,13 @@ def measure_speed(table: pa.Table, work: Path) -> None:
     ours: dict[str, list[float]] = {name: [] for name in STAGES}
     theirs: dict[str, list[float]] = {name: [] for name in STAGES}
     for stage, config, _ in STAGES.values():  # first use, left out
-        stage(daft.read_parquet(str(source)).limit(50), config, work / "scratch").collect()
+        stage(daft.read_parquet(str(source)).limit(50), config, scratch(work)).collect()
     for _, name in track(
         list(itertools.product(range(FLAGS.rounds), STAGES)), "speed", console=console
     ):
         stage, config, _ = STAGES[name]
         start = time.process_time()
-        stage(daft.read_parquet(str(source)), config, work / "scratch").collect()
+        stage(daft.read_parquet(str(source)), config, scratch(work)).collect()
         ours[name].append(time.process_time() - start)
         if peer and name not in WITHOUT_PEER:
             theirs[name].append(peer.seconds(name))
@@ -212,7 +218,7 @@ def similarity(one: set, other: set) -> float:
 
 
 def survivors(table: pa.Table, config: minhash.MinhashConfig, work: Path) -> dict[str, str]:
-    found = minhash.minhash(daft.from_arrow(table), config, work / "scratch").to_pylist()
+    found = minhash.minhash(daft.from_arrow(table), config, scratch(work)).to_pylist()
     return {row["doc"]: row["minhash_survivor"] or row["doc"] for row in found}
 
 
@@ -229,9 +235,8 @@ CONFIGS = {
 
 
 def edited(text: str, share: float, pool: list[str], rng: random.Random) -> str:
-    pieces = (
-        re.split(r"(\s+)", text) if " " in pool[0] + pool[1] or len(pool[0]) > 1 else list(text)
-    )
+    """`share` of the words, or of the characters of Chinese and Japanese, replaced by others."""
+    pieces = re.findall(rf"[{_CJK}]|[^\s{_CJK}]+|\s+", text)
     return "".join(
         rng.choice(pool) if piece.strip() and rng.random() < share else piece for piece in pieces
     )
@@ -256,11 +261,7 @@ def measure_edits(table: pa.Table, work: Path) -> None:
         rows = [row for row in rows if kept[row["doc"]] == row["doc"]]
         rows = rng.sample(rows, min(FLAGS.families, len(rows)))
         joined = "\n".join(row["text"] for row in rows)
-        pool = (
-            joined.split()
-            if script == "Latin"
-            else re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", joined)
-        )
+        pool = joined.split() if script == "Latin" else re.findall(f"[{_CJK}]", joined)
         planted, everything = {}, list(rows)
         for share, row in itertools.product((0.01, 0.03, 0.1), rows):
             doc = hashlib.md5(f"{share} {row['doc']}".encode()).hexdigest()
@@ -350,7 +351,7 @@ def main(argv) -> None:
         if part not in measures:
             raise UserError(f"--parts={part}: known are {', '.join(measures)}")
         measures[part](table, work)
-    shutil.rmtree(work / "scratch", ignore_errors=True)
+    shutil.rmtree(scratch(work), ignore_errors=True)
 
 
 if __name__ == "__main__":

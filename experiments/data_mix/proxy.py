@@ -1,6 +1,7 @@
 """One small run on a random mix of our sources, and the mixes of a whole sweep.
 
     python -m llama3_jax.train --config=experiments/data_mix/proxy.py:17,corpora --workdir=runs/mix/17
+    python -m llama3_jax.launch --config=experiments/data_mix/proxy.py:corpora          # all of them
     python -m experiments.data_mix.tables --workdir=runs/mix       # weights.csv, losses.csv
     python -m llama3_jax.fit mix --weights=runs/mix/weights.csv --losses=runs/mix/losses.csv \\
         --available=general=5e12,math=5e11,code=1e12,multilingual=3e12 --total_tokens=1.5e13

@@ -24,8 +24,9 @@ SOURCES = ("general", "math", "code", "multilingual")
 # little of 53 languages for so short a run.
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
-# Shares of the key-value documents: in the initial stage's parts, and after it.
-RECALL = (0.50, 0.35, 0.25, 0.20)
+# Share of the key-value documents in the first stage, which teaches to look back, and after it.
+RECALL_FIRST, RECALL = 0.9, 0.2
+RECALL_TOKENS = 300_000
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
 LADDER_LENGTH, VALIDATION_LENGTH, VALIDATION_TOKENS = 128, 256, 50_000
@@ -68,49 +69,48 @@ def get_config(argument: str = "runs/demo"):
     directory, _, option = argument.partition(",")
     if option and option != "without_recall" and not option.endswith(".json"):
         raise ValueError(f"{option!r} is neither without_recall nor a plan's .json file")
-    shares = (0.0,) * len(RECALL) if option == "without_recall" else RECALL
+    without = option == "without_recall"
+    recall_first, recall_share = (0.0, 0.0) if without else (RECALL_FIRST, RECALL)
     plan = Path(option if option.endswith(".json") else f"{directory}/ladder/plan.json")
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
     # The key-value documents come on top of the tokens that the ladder foresaw.
-    tokens = round(chosen.get("tokens", TOKENS) * 1.35)
+    tokens = round(chosen.get("tokens", TOKENS) / (1 - RECALL))
 
-    def share(of_48: int) -> int:
-        return tokens * of_48 // 48
+    def share(of_43: int) -> int:
+        return tokens * of_43 // 43
 
-    gate = dict(every_tokens=share(1), max_tokens=share(8))
+    gate = dict(every_tokens=share(1), max_tokens=share(12))
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),
         data=dict(sources=corpora(directory, *SOURCES, "recall"), packing="best_fit"),
         stages=[
             dict(
-                name="short", tokens=share(8), length=96, batch_tokens=960,
-                mix=with_recall(MIX, shares[0]),
+                name="short", tokens=RECALL_TOKENS, length=96, batch_tokens=960,
+                mix=with_recall(MIX, recall_first),
                 lr=dict(
-                    shape="cosine", peak=5e-3, end=1e-3, warmup_tokens=share(1), tokens=share(36)
+                    shape="cosine", peak=4e-3, end=1e-3, warmup_tokens=RECALL_TOKENS // 6,
+                    tokens=RECALL_TOKENS + share(29),
                 ),
             ),
             dict(
-                name="longer", tokens=share(10), length=128, batch_tokens=1_024,
-                mix=with_recall(MIX, shares[1]),
+                name="longer", tokens=share(11), length=128, batch_tokens=1_024,
+                mix=with_recall(MIX, recall_share),
             ),
-            dict(
-                name="bigger batch", tokens=share(6), batch_tokens=2_048,
-                mix=with_recall(MIX, shares[2]),
-            ),
+            dict(name="bigger batch", tokens=share(6), batch_tokens=2_048),
             dict(name="long 192", tokens=share(4), length=192, batch_tokens=1_920, gate=gate),
             dict(name="long 256", tokens=share(4), length=256, batch_tokens=2_048, gate=gate),
             dict(name="long 384", tokens=share(4), length=384, batch_tokens=1_920, gate=gate),
             dict(
-                name="annealing", tokens=share(12), mix=with_recall(ANNEALING_MIX, shares[3]),
+                name="annealing", tokens=share(14), mix=with_recall(ANNEALING_MIX, recall_share),
                 lr=dict(shape="linear", end=0.0), average=dict(checkpoints=4),
             ),
         ],
         checkpoint=dict(every_steps=200, keep_last=2),
-        validation=dict(every_tokens=share(6), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
+        validation=dict(every_tokens=share(8), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
         evaluation=dict(
             length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=6_144,
-            every_tokens=share(6), batch_tokens=4_096,
+            every_tokens=share(8), batch_tokens=4_096,
             needle=dict(
                 haystack=f"{directory}/tokens/general/validation", statement=recall.STATEMENT,
                 key_words=recall.KEYS, value_words=recall.VALUES,

@@ -4,7 +4,8 @@
 
 Needs the extra `extraction-training`. Labels come from aligning a page's words with its true
 content: longest common subsequence, and three-word shingles where a block is long enough. With
---folds=3 prints F1 by cross-validation over pages first. Writes llama3_jax/curation/page/extractor.npz.
+--folds=3 prints F1 by cross-validation over pages first. Writes llama3_jax/curation/page/extractor.npz
+(or --out).
 The same pages give the same file, byte for byte: one thread, a fixed seed, no time stamp.
 """
 
@@ -137,7 +138,7 @@ def main(argv) -> None:
     if FLAGS.folds:
         cross_validate(pages, sets, FLAGS.folds)
     model = fit([one for one in sets if one is not None])
-    with atomic_path(classifier.WEIGHTS) as temporary, temporary.open("wb") as file:
+    with atomic_path(Path(FLAGS.out)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **to_arrays(model))
 
 
@@ -146,4 +147,5 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "pages", None, "Folder with truth.jsonl and pages/; else the shared data's."
     )
+    flags.DEFINE_string("out", str(classifier.WEIGHTS), "File that takes the trees.")
     cli.run(main)

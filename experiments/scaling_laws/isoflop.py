@@ -3,6 +3,7 @@
     python -m llama3_jax.train --config=experiments/scaling_laws/isoflop.py:6e18,124M \\
         --workdir=runs/isoflop/6e18,124M
     python -m experiments.scaling_laws.isoflop --profile=llama3        # the sweep and its audit
+    python -m llama3_jax.launch --config=experiments/scaling_laws/isoflop.py:llama3     # all of it
 
 `sweep()` names every run; experiments/scaling_laws/collect.py makes the table of what they end with,
 which `python -m llama3_jax.fit isoflop` reads. Corpora are looked for in

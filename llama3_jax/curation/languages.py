@@ -48,7 +48,7 @@ def languages(frame: daft.DataFrame, config: LanguagesConfig, scratch: Path) -> 
     Raises:
       UserError: a language in `thresholds` or `keep` that the model does not know.
     """
-    known = {label.removeprefix(_LABEL) for label in load_model().getLabels("strict")[0]}
+    known = known_languages()
     for key, names in (("thresholds", config.thresholds), ("keep", config.keep)):
         if unknown := sorted(set(names) - known):
             raise UserError(f"languages.{key}: {unknown[0]!r} is none of {' '.join(sorted(known))}")
@@ -67,12 +67,18 @@ def model_path() -> Path:
 
 
 def load_model():
-    """The bare model: the package around it prints, and imports NumPy in a way that 2.x refuses."""
+    """The bare model, as both packages hold it that install a `fasttext` (one of them predicts only)."""
     import fasttext_pybind
 
     model = fasttext_pybind.fasttext()
     model.loadModel(str(model_path()))
     return model
+
+
+def known_languages() -> set[str]:
+    """The codes of all languages of the model."""
+    scored = load_model().predict("a\n", 1000, -1.0, "strict")
+    return {label.removeprefix(_LABEL) for _, label in scored}
 
 
 def sample(text: str, samples: int, characters: int) -> str:

@@ -118,8 +118,8 @@ def check(units: Sequence[WorkUnit], file: str, slots: dict[str, int] | None) ->
                 later.append(unit.name)
             elif unit.door == "train":
                 _check_training(unit.config_flags(file))
-            elif unit.door in CONFIGURED:
-                cli.load_config(unit.config_flags(file))
+            elif unit.door == "curate":
+                _check_curation(unit.config_flags(file))
         except UserError as error:
             where = f"work unit {unit.name}: " if len(units) > 1 else ""
             raise UserError(f"{where}{error}; nothing was queued") from None
@@ -152,6 +152,12 @@ def _check_training(flags: Sequence[str]) -> None:
     from llama3_jax.schema import parse
 
     prepare(parse(RunConfig, cli.load_config(flags)))
+
+
+def _check_curation(flags: Sequence[str]) -> None:
+    from llama3_jax.curation import config as configs  # brings Daft
+
+    configs.parse(cli.load_config(flags))
 
 
 def fingerprint(units: Sequence[WorkUnit], file: str, executor: str) -> str:

@@ -41,9 +41,9 @@ def write_experiment_report(store: Store, experiment: Experiment) -> Path:
     note = f"Launched {launched} on {experiment.executor}; {len(units)} work units: {states}."
     path = store.directory(experiment.xid) / REPORT_FILE
     title = f"Experiment {experiment.xid}: {experiment.title}"
-    write_experiment(
-        path, title, note, entries, [*own_sections(path.parent), *isoflop_sections(path.parent)]
-    )
+    more = [*own_sections(path.parent), *isoflop_sections(path.parent)]
+    more += [section for entry in entries for section in curation_sections(entry)]
+    write_experiment(path, title, note, entries, more)
     return path
 
 
@@ -53,6 +53,17 @@ def own_sections(folder: Path) -> list[Section]:
         Section(path.stem, path.read_text(encoding="utf-8"))
         for path in sorted(folder.glob(f"{SECTIONS}/*.html"))
     ]
+
+
+def curation_sections(entry: UnitEntry) -> list[Section]:
+    """The funnel of a unit that curated."""
+    if not (entry.workdir / "funnel.json").exists():
+        return []
+    from llama3_jax.reporting import curation  # needs the packages of the extra "curation"
+
+    funnel = curation.section(curation.read(entry.workdir))
+    own_ids = funnel.html.replace('"funnel-', f'"funnel-{entry.wid}-')
+    return [Section(f"{funnel.title}: {entry.name}", own_ids)]
 
 
 def isoflop_sections(folder: Path) -> list[Section]:

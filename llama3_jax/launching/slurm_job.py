@@ -34,7 +34,8 @@ def main(units_file: Path) -> int:
     write_record(folder, unit["wid"], record)
     code = run(unit, record["starts"])
     stopping = stop_file(folder, unit["wid"]).exists()
-    state, failures = outcome(code, stopping, record["failures"], unit["retries"])
+    seconds = time.time() - record["started"]
+    state, failures = outcome(code, stopping, record["failures"], unit["retries"], seconds)
     record |= {"state": state, "failures": failures, "exit_code": code, "ended": time.time()}
     write_record(folder, unit["wid"], record)
     if state != "queued":

@@ -22,6 +22,7 @@ ENDED = ("done", "failed", "stopped")
 STATES = ("queued", "starting", "running", *ENDED)
 # Exit codes of the doors (llama3_jax/cli.py, which this file does not import: it brings JAX).
 USER_ERROR, REQUEUE, INTERRUPTED = 2, 75, 130
+LONG_RUN = 1_800.0
 KILLED = 137  # what a shell says of a program that SIGKILL ended
 
 _SCHEMA = """
@@ -112,12 +113,17 @@ class Unit:
 _JSON = ("command", "environment", "after", "requirements", "gpus")
 
 
-def outcome(code: int, stopping: bool, failures: int, retries: int) -> tuple[str, int]:
-    """(state, failures) of a unit whose program ended with `code`.
+def outcome(
+    code: int, stopping: bool, failures: int, retries: int, seconds: float = 0.0
+) -> tuple[str, int]:
+    """(state, failures) of a unit whose program ended with `code` after `seconds`.
 
     The same rule for all executors: 0 is done; after a stop, whatever else it is, stopped; 75 asks
-    to be queued again; 2 needs a person; Ctrl-C was one; anything else is tried again.
+    to be queued again; 2 needs a person; Ctrl-C was one; anything else (a lost process, a hang, a crash) is tried again, up
+    to `retries` times in a row: who ran for LONG_RUN seconds starts to be counted anew, for on many
+    machines a long run is interrupted again and again.
     """
+    failures = 0 if seconds >= LONG_RUN else failures
     if code == 0:
         return "done", failures
     if stopping or code == INTERRUPTED:
@@ -318,7 +324,10 @@ class Store:
             unit = self.unit(unit_id)
             if unit.state != "running" or unit.attempt != attempt:
                 return None
-            state, failures = outcome(code, unit.stop is not None, unit.failures, unit.retries)
+            seconds = time.time() - unit.started
+            state, failures = outcome(
+                code, unit.stop is not None, unit.failures, unit.retries, seconds
+            )
             self._db.execute(
                 "UPDATE units SET state = ?, failures = ?, ended = ?, exit_code = ?, pid = NULL"
                 " WHERE id = ?",

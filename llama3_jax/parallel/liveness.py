@@ -34,6 +34,7 @@ _ALIVE, _NAME, _SEEN, _VERDICT, _AT = (
 # With `_beat`'s interval it is less than the delay of `_delay_aborts`.
 _REFUSED_SECONDS = 2.0
 Position = tuple[int, str, float]  # step, what goes on, seconds
+_TOGETHER = ("step", "data")  # what all processes do at the same time
 # What collectives and JAX's client say when a peer is gone, on CPUs and GPUs.
 _LOST_PEER = re.compile("gloo|nccl|connection|unavailable|deadline|barrier|coordination", re.I)
 
@@ -112,6 +113,14 @@ class Watch:
         if self._ending.acquire(blocking=False):
             _say(message if self._process == 0 else f"process {self._process}: {message}")
             self._exit(EXIT_HUNG)
+
+    def someone_is_busy(self) -> bool:
+        """Whether a process does what the others wait for, and what its own watchdog times:
+        compiling, saving, evaluating."""
+        with contextlib.suppress(Exception):
+            positions = self._store.key_value_dir_get(_AT)
+            return any(json.loads(at)[1] not in _TOGETHER for _, at in positions)
+        return False
 
     def _show_position(self) -> None:
         at = json.dumps(self.position())

@@ -102,9 +102,16 @@ class Watchdog:
             print(file=file)
         return self._path
 
+    def _waits_for_another(self) -> bool:
+        """Whether this process is in a step, for which another one is not ready for good reasons."""
+        _, category, _ = self.position()
+        return category == "step" and self._watch is not None and self._watch.someone_is_busy()
+
     def _run(self, clock: Callable[[], float] = time.monotonic) -> None:
         while not self._done.wait(self._interval):
             if message := self.look(clock()):
+                if self._waits_for_another():
+                    continue
                 message += f"; stacks are in {self.write_stacks()}"
                 if self._watch is not None:
                     self._watch.hang(message)

@@ -95,7 +95,7 @@ text = st.lists(piece | frames.words, max_size=30).flatmap(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(text, max_size=6), st.integers(0, 2))
 def test_scores_are_those_of_one_document_in_plain_python(texts, skip):
     texts = texts[: 0 if skip > len(texts) else None]

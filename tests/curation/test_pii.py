@@ -60,7 +60,7 @@ digits = st.text("0123456789 -.+()@:ABXz", max_size=24)
 piece = st.sampled_from(everything) | digits | frames.words
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(piece, max_size=8).map(" ".join))
 def test_a_gate_is_passed_by_all_that_its_finder_finds(text):
     for finder in pii_patterns.FINDERS:
@@ -111,8 +111,8 @@ def test_masks_and_exempt_sources(tmp_path):
 
 @pytest.mark.parametrize(
     "trap",
-    ["1" * 600_000, "1-" * 300_000, "a." * 300_000 + "@", "a@" * 30_000, "@a." * 20_000, "+1 " * 20_000, "(1) " * 15_000,
-     "AB12 " * 12_000, "2001:" * 12_000, "tel " * 15_000 + "1 " * 20_000, "1.1." * 15_000, "x" * 600_000, "A" * 600_000],
+    ["1" * 200_000, "1-" * 100_000, "a." * 100_000 + "@", "a@" * 30_000, "@a." * 20_000, "+1 " * 20_000, "(1) " * 15_000,
+     "AB12 " * 12_000, "2001:" * 12_000, "tel " * 15_000 + "1 " * 20_000, "1.1." * 15_000, "x" * 200_000, "A" * 200_000],
     ids=lambda trap: trap[:4],
 )  # fmt: skip
 def test_traps_end(trap):

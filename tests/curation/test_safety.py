@@ -49,7 +49,7 @@ text = st.lists(piece | frames.words, max_size=12).flatmap(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.tuples(text, st.sampled_from(["en", "zh", "ru", "xx"]), st.sampled_from(["web", "clinic"])), min_size=1, max_size=25),
     st.integers(1, 3),

@@ -137,3 +137,4 @@ def test_outcomes():
     assert outcome(2, False, 0, 2) == ("failed", 1)
     assert outcome(3, False, 1, 2) == ("queued", 2)
     assert outcome(137, False, 2, 2) == ("failed", 3)
+    assert outcome(4, False, 2, 2, seconds=4_000) == ("queued", 1)

@@ -90,3 +90,25 @@ def test_who_is_missing():
     assert missing(dead) == "missing: c: no sign of life"
     everywhere = dict.fromkeys("abc", waiting)
     assert missing(everywhere) == "all processes are at the same place, after step 7"
+
+
+class Others:
+    """Stands for the watch over several processes, one of which is busy for the first ten looks."""
+
+    looks, messages = 0, ()
+
+    def someone_is_busy(self) -> bool:
+        self.looks += 1
+        return self.looks <= 10
+
+    def hang(self, message: str) -> None:
+        self.messages += (message,)
+
+
+def test_a_step_may_wait_for_a_process_that_compiles(watched, tmp_path):
+    ledger, _ = watched
+    others, config = Others(), WatchdogConfig(multiple=1e-9, floor_seconds=0.02)
+    watchdog = Watchdog(config, ledger, tmp_path, 0, others)
+    watchdog._run()
+    (message,) = others.messages
+    assert others.looks == 11 and "hang after step 8: step has taken" in message

@@ -92,7 +92,10 @@ class TooLarge(Exception):
     """The tree breaks a bound of bounds.py; the argument is its name."""
 
 
-_LOOKED_AT = ", ".join(("math:not(math math)", *sorted(markup.TAKEN_OUT)))
+# Navigation and footers are a quarter of the markup and, in pages with known content, a thousandth of
+# the content. One that holds what a page is about was left open by mistake.
+_ASIDE = ", ".join(f"{tag}:not(:has(main, article, h1, pre))" for tag in ("nav", "footer"))
+_LOOKED_AT = ", ".join(("math", _ASIDE, *sorted(markup.TAKEN_OUT)))
 
 
 def read(tree: LexborHTMLParser) -> Page:
@@ -100,12 +103,13 @@ def read(tree: LexborHTMLParser) -> Page:
     body = tree.body
     if body is None:
         return _Reader([]).page()
-    skipped, formulas = [], []
+    skipped, has_math = [], False
     for node in body.css(_LOOKED_AT):
-        # A script may hold a formula.
-        is_math = node.tag not in markup.TAKEN_OUT or mathematics.is_script(node)
-        (formulas if is_math else skipped).append(node)
-    reader = _Reader(mathematics.take_out(body, formulas) if formulas else [])
+        if node.tag == "math" or mathematics.is_script(node):
+            has_math = True
+        else:
+            skipped.append(node)
+    reader = _Reader(mathematics.take_out(body) if has_math else [])
     for node in skipped:
         node.decompose()
     pieces = (body.html or "").split("<")
@@ -215,7 +219,8 @@ class _Reader:
     def start_block(self, marks: Marks, text: str, pieces: Iterator[str]) -> str:
         """Opens a section, or reads it to its end if it is code; the text that follows."""
         name = marks.tag
-        self.flush()
+        if self.has_text or self.links or self.classes:
+            self.flush()
         if name == "hr":
             return text
         self.start(marks)
@@ -245,7 +250,7 @@ class _Reader:
         sections, section = self.sections, self.section
         if sections.tag[section] != name:  # hr, or a tag whose name holds odd characters
             return
-        if name not in markup.CELLS:
+        if name not in markup.CELLS and (self.has_text or self.links or self.classes):
             self.flush()
         sections.last[section] = len(self.blocks)
         self.section = sections.parent[section]
@@ -339,6 +344,8 @@ class _Reader:
                 False, math, min(self.bold, len(text)), self.classes,
             )  # fmt: skip
             self.blocks.append(block)
+            if len(self.blocks) > bounds.MAX_BLOCKS:
+                raise TooLarge("too_many_blocks")
             if not literal:
                 self.plain.append(block)
         self.reset()

@@ -12,7 +12,8 @@ import numpy as np
 
 MAX_CHARACTERS = 10_000_000
 MAX_DEPTH = 2_000
-MAX_NODES = 500_000
+MAX_NODES = 250_000
+MAX_BLOCKS = 50_000
 MAX_ATTRIBUTES = 5_000
 MAX_REOPENED = 500_000  # open formatting elements times tags
 # Pages below all of these take no second whatever their markup, and are not scanned.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+_AT_ONCE = 4096  # blocks, so that a page of many takes no more memory
 WEIGHTS = Path(__file__).with_name("extractor.npz")
 
 
@@ -31,12 +32,17 @@ class Forest:
 
     def probability(self, features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, " N"]:
         columns = np.ascontiguousarray(features.T)
-        leaf = np.zeros((len(self.first), len(features)), np.uint8)
+        parts = [
+            self._score(columns[:, at : at + _AT_ONCE]) for at in range(0, len(features), _AT_ONCE)
+        ]
+        return 1 / (1 + np.exp(-np.concatenate(parts)))
+
+    def _score(self, columns: Float[np.ndarray, "F N"]) -> Float[np.ndarray, " N"]:
+        leaf = np.zeros((len(self.first), columns.shape[1]), np.uint8)
         for level in range(self.depth):
             answers = columns[self.feature[level]] > self.threshold[level]
             leaf |= answers.view(np.uint8) << np.uint8(level)
-        score = self.leaves.take(leaf + self.first).sum(axis=0, dtype=np.float64)
-        return 1 / (1 + np.exp(-self.base - score))
+        return self.base + self.leaves.take(leaf + self.first).sum(axis=0, dtype=np.float64)
 
 
 @functools.cache

@@ -25,7 +25,6 @@ from llama3_jax.curation.page import (
 )
 
 MAX_BYTES = 4 * bounds.MAX_CHARACTERS
-MAX_BLOCKS = 50_000
 _LISTS = frozenset(("ul", "ol", "menu", "dl", "table"))
 _MEMBERS = frozenset("li dt dd tr td th tbody thead tfoot caption".split())
 NULL_SHARE = 0.01  # more null characters than this are no text
@@ -108,8 +107,6 @@ def extract(
         return Rejection(str(error), "once parsed", url)
     if not found.blocks:
         return Rejection("no_text", "no visible text", url)
-    if len(found.blocks) > MAX_BLOCKS:
-        return Rejection("too_many_blocks", f"{len(found.blocks)}, at most {MAX_BLOCKS}", url)
     kept = _kept(found, known.title)
     text = _join(found, kept)
     if not text:

@@ -101,10 +101,15 @@ def of_page(page: Page, title: str) -> Float[np.ndarray, "N F"]:
         *(tags[tag] for tag in _PAGE_TAGS), *(bits_BN @ words_N / total),
     ]  # fmt: skip
     around = _around(sections, parent_S, section_N, words_N, chars_N, linked_N, ends_N, total)
-    columns = [*own, *bits_BN, *near_BN, *around, *position, *neighbours, *same, *windows, *of_page]
-    features = np.empty((len(columns), count), np.float32)
-    for row, column in zip(features, columns, strict=True):
-        row[:] = column
+    parts = [
+        own, bits_BN, near_BN, *around, position, *neighbours, same, windows,
+        np.array(of_page)[:, None],
+    ]  # fmt: skip
+    features = np.empty((sum(map(len, parts)), count), np.float32)
+    row = 0
+    for part in parts:
+        features[row : row + len(part)] = part
+        row += len(part)
     return features.T
 
 
@@ -230,7 +235,7 @@ def _around(sections: Sections, parent_S, section_N, words_N, chars_N, linked_N,
     for level in range(_ANCESTORS):
         found = table[:, at_N]
         found[7] = index_N - found[7]
-        columns += [*(found if level < 4 else found[:8])]
+        columns.append(found if level < 4 else found[:8])
         at_N = parent_S[at_N]
     return columns
 
@@ -250,7 +255,7 @@ def _shifted(column, step: int):
 
 
 def _neighbours(columns) -> list[np.ndarray]:
-    return [row for step in (-2, -1, 1, 2) for row in _shifted(columns, step)]
+    return [_shifted(columns, step) for step in (-2, -1, 1, 2)]
 
 
 def _window(columns, radius: int):

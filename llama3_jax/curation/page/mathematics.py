@@ -20,17 +20,18 @@ _DISPLAYSTYLE = re.compile(r"^\{\\(?:displaystyle|textstyle)\s+(.*)\}$", re.S)
 MAX_MATHML_NODES = 20_000
 # Around the number of a formula that was taken out; no text of a page has them.
 OPEN, CLOSE = "\x03", "\x04"
+_FORMULAS = 'math:not(math math), script[type^="math/" i]'
 _WRAPPERS = ".katex, .mwe-math-element, mjx-container, [data-mathml]"
 
 
-def take_out(root: LexborNode, plain: list[LexborNode]) -> list[str]:
+def take_out(root: LexborNode) -> list[str]:
     """Puts OPEN + number + CLOSE in place of each formula below `root`; the formulas by their number.
 
-    `plain` are its elements math, and scripts that hold formulas. Formulas of images: see of_image.
+    Formulas of images: see of_image.
     """
     formulas: list[str] = []
     # What wraps formulas goes first: inside is the same formula again, drawn or as MathML.
-    for node in [*root.css(_WRAPPERS), *plain]:
+    for node in [*root.css(_WRAPPERS), *root.css(_FORMULAS)]:
         formula = _of_node(node)
         if formula is not None:
             node.replace_with(f"{OPEN}{len(formulas)}{CLOSE}" if formula else "")
