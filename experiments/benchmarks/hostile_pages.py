@@ -179,6 +179,7 @@ def other(rng: random.Random) -> bytes:
 
 
 MADE = {
+    "large": large,
     "repeated": repeated,
     "deep": deep,
     "attributes": attributes,
