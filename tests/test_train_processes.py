@@ -68,12 +68,14 @@ def start(compilation_cache):
     children = []
 
     def start(
-        processes: int, devices: int, *arguments: str, code: str | None = None
+        processes: int, devices: int, *arguments: str, code: str | None = None, cache: bool = True
     ) -> list[subprocess.Popen]:
         environment = door_environment(compilation_cache) | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"
             " --xla_backend_optimization_level=0"  # compiling is what takes time here
         }
+        if not cache:
+            environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         if processes > 1:
             where = f"--coordinator=127.0.0.1:{free_port()}"
             arguments += ("--distributed=explicit", where, f"--processes={processes}")
@@ -255,7 +257,9 @@ def test_a_run_saved_by_four_processes_goes_on_with_fewer(
     start, config, one, four, tmp_path, processes
 ):
     workdir = copy_until(four[0], 8, tmp_path / "run")
-    results = ends(start(processes, 4, config(*MESHES), f"--workdir={workdir}", *QUICK))
+    # JAX 0.10.2 aborts (double free) where it loads this pipeline's program from its cache.
+    arguments = config(*MESHES), f"--workdir={workdir}", *QUICK
+    results = ends(start(processes, 4, *arguments, cache=False))
     assert [code for code, _, _ in results] == [0] * processes, results
     assert "goes on after step 8" in results[0][1]
     records = curve(workdir)

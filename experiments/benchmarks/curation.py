@@ -229,6 +229,7 @@ def shingle_sets(table: pa.Table, ngram: int) -> dict[str, set]:
 
 CONFIGS = {
     "25 × 5, similarity 0.7 (default)": minhash.MinhashConfig(),
+    "25 × 5, similarity 0.6": minhash.MinhashConfig(similarity=0.6),
     "14 × 8, unverified (FineWeb)": minhash.MinhashConfig(bands=14, rows=8, verify=False),
     "42 × 3, similarity 0.35": minhash.MinhashConfig(bands=42, rows=3, similarity=0.35),
 }

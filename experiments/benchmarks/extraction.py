@@ -34,8 +34,9 @@ from llama3_jax.files import write_json
 
 FLAGS = flags.FLAGS
 console = Console(width=200, highlight=False)
+# Two stars close bold text only after a character: "**kwargs, or **" holds no marker.
 _MARKERS = re.compile(
-    r"^ {0,3}#{1,6} +\S[^\n]*|\*\*[^\s*][^*\n]*\*\*|(?<![\w`])`[^`\s][^`\n]*`|^```|\[[^\]\n]+\]\(https?:[^)\s]+\)",
+    r"^ {0,3}#{1,6} +\S[^\n]*|\*\*[^\s*](?:[^*\n]*[^\s*])?\*\*(?!\w)|(?<![\w`])`[^`\s][^`\n]*`|^```|\[[^\]\n]+\]\(https?:[^)\s]+\)",
     re.M,
 )
 

@@ -178,7 +178,20 @@ def other(rng: random.Random) -> bytes:
     return rng.choice((b"", b" ", b"\xef\xbb\xbf", b"<", b"\xff\xfe"))
 
 
+def large(rng: random.Random) -> str:
+    """As much as the bounds let through, of one thing."""
+    things = (
+        "<p>word word",
+        "a<br>",
+        "<tr><td>a<td>b",
+        '<div class="a b" id="c">x</div>',
+        "&" * 40,
+    )
+    return "<table>" + rng.choice(things) * size(rng, (1_000,), (49_000, 240_000))
+
+
 MADE = {
+    "large": large,
     "repeated": repeated,
     "deep": deep,
     "attributes": attributes,

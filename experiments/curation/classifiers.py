@@ -9,6 +9,12 @@ So two figures are printed for each classifier: on held-out pages of the same tw
 the origin alone gives the answer away; and on web pages alone, documentation against the rest,
 which is what the classifier would be for. The second is the honest one.
 
+Measured with seed 0: held out, accuracy 0.967 (fastText) and 0.983 (RoBERTa). On web pages alone
+both find next to none at the threshold of 0.5 (recall 0.08 and 0.04); of the 50 pages that each
+scores highest 23 and 7 are documentation, 8 by chance. So fastText ranks what it has learnt from
+another origin, though its probabilities are not calibrated for it, and the tiny RoBERTa has learnt
+the origins and nothing else. Training data must come from where the classifier is to work.
+
 The RoBERTa is tiny and starts from random weights (there are no pretrained ones without a
 download), so it says that fine-tuning works, not what DistilRoberta would reach.
 """

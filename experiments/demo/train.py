@@ -26,7 +26,7 @@ MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
 # Share of the key-value documents in the first stage, which teaches to look back, and after it.
 RECALL_FIRST, RECALL = 0.9, 0.2
-RECALL_TOKENS = 300_000
+RECALL_TOKENS = 480_000
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
 LADDER_LENGTH, VALIDATION_LENGTH, VALIDATION_TOKENS = 128, 256, 50_000

@@ -128,7 +128,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 "another --workdir"
             )
     for number, before in enumerate(saved["stages"]):
-        if before["first_step"] > saved["step"]:
+        if before["first_step"] >= saved["step"]:
             break
         if number >= len(now["stages"]):
             raise UserError(f"config.stages: the checkpoint of step {saved['step']} lies in stage "

@@ -393,15 +393,20 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_files(door, crawl, tmp_pa
     assert door("curate", f"--config={config}", f"--workdir={tmp_path / 'whole'}").returncode == 0
     work, random_ = tmp_path / "work", random.Random(0)
     command = [sys.executable, "-m", "llama3_jax.curate", f"--config={config}", f"--workdir={work}"]
+
+    def entries() -> int:
+        return sum(len(folders) + len(names) for _, folders, names in os.walk(work))
+
     kills = 0
-    for _ in range(12):
+    for _ in range(6):
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(random_.uniform(2, 7))
-        except subprocess.TimeoutExpired:
+        goal = entries() + random_.randint(1, 6)
+        while process.poll() is None and entries() < goal:
+            time.sleep(0.002)
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            process.wait()
             kills += 1
+        process.wait()
     assert kills
     assert door("curate", f"--config={config}", f"--workdir={work}").returncode == 0
     found, whole = outputs(work), outputs(tmp_path / "whole")

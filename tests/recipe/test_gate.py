@@ -126,14 +126,11 @@ def test_a_gate_lengthens_its_stage_until_it_is_passed(undisturbed):
     assert rates[-1] == pytest.approx(3e-3 / 8)
 
 
-@pytest.mark.parametrize("number", range(13))
+# In the baseline, in the first gate, in the second and in the last one.
+@pytest.mark.parametrize("number", [1, 4, 9, 12])
 def test_a_crash_in_a_gate_repeats_nothing_and_skips_nothing(
     corpora, undisturbed, tmp_path, number
 ):
-    if (
-        number % 4 != 1
-    ):  # the first part, in the middle of a gate, in a later one: enough by default
-        pytest.skip("one in four")
     workdir, calls = undisturbed
     stand_in = StandIn(None, break_at=number)
     assert run_to_the_end(corpora, tmp_path, stand_in) == 0

@@ -94,8 +94,10 @@ class TooLarge(Exception):
 
 # Navigation and footers are a quarter of the markup and, in pages with known content, a thousandth of
 # the content. One that holds what a page is about was left open by mistake.
-_ASIDE = ", ".join(f"{tag}:not(:has(main, article, h1, pre))" for tag in ("nav", "footer"))
-_LOOKED_AT = ", ".join(("math", _ASIDE, *sorted(markup.TAKEN_OUT)))
+_ASIDE = ("nav", "footer")
+_NOT_ASIDE = "main, article, h1, pre"
+_MAX_ASIDE = 100  # in a page: each is looked through, and they may be nested
+_LOOKED_AT = ", ".join(("math", *_ASIDE, *sorted(markup.TAKEN_OUT)))
 
 
 def read(tree: LexborHTMLParser) -> Page:
@@ -103,12 +105,16 @@ def read(tree: LexborHTMLParser) -> Page:
     body = tree.body
     if body is None:
         return _Reader([]).page()
-    skipped, has_math = [], False
+    skipped, has_math, asides = [], False, 0
     for node in body.css(_LOOKED_AT):
         if node.tag == "math" or mathematics.is_script(node):
             has_math = True
-        else:
+        elif node.tag not in _ASIDE:
             skipped.append(node)
+        elif asides < _MAX_ASIDE:
+            asides += 1
+            if node.css_first(_NOT_ASIDE) is None:
+                skipped.append(node)
     reader = _Reader(mathematics.take_out(body) if has_math else [])
     for node in skipped:
         node.decompose()

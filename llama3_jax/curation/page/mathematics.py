@@ -20,7 +20,7 @@ _DISPLAYSTYLE = re.compile(r"^\{\\(?:displaystyle|textstyle)\s+(.*)\}$", re.S)
 MAX_MATHML_NODES = 20_000
 # Around the number of a formula that was taken out; no text of a page has them.
 OPEN, CLOSE = "\x03", "\x04"
-_FORMULAS = 'math:not(math math), script[type^="math/" i]'
+_FORMULAS = 'math, script[type^="math/" i]'
 _WRAPPERS = ".katex, .mwe-math-element, mjx-container, [data-mathml]"
 
 
@@ -31,11 +31,18 @@ def take_out(root: LexborNode) -> list[str]:
     """
     formulas: list[str] = []
     # What wraps formulas goes first: inside is the same formula again, drawn or as MathML.
-    for node in [*root.css(_WRAPPERS), *root.css(_FORMULAS)]:
-        formula = _of_node(node)
-        if formula is not None:
-            node.replace_with(f"{OPEN}{len(formulas)}{CLOSE}" if formula else "")
-            formulas.append(formula)
+    for selector in (_WRAPPERS, _FORMULAS):
+        inside: set[int] = set()
+        for node in root.css(selector):
+            if (
+                node.mem_id in inside
+            ):  # nested in one that was read: it would be read again and again
+                continue
+            inside = {one.mem_id for one in node.css(selector)}
+            formula = _of_node(node)
+            if formula is not None:
+                node.replace_with(f"{OPEN}{len(formulas)}{CLOSE}" if formula else "")
+                formulas.append(formula)
     return formulas
 
 

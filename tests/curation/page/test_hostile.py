@@ -81,6 +81,13 @@ def test_repeated_markup_ends(start, count):
     outcome_of(start * count + f"<p>{PROSE}</p>")
 
 
+@pytest.mark.parametrize(
+    "start", ["<math>", "<span class=katex>", "<nav>", "<footer>", "<math><mfrac>"]
+)
+def test_nesting_below_the_bounds_ends(start):
+    outcome_of(start * (14_000 // start.count("<")) + f"<p>{PROSE}")
+
+
 def test_a_null_or_two_cost_nothing_else():
     assert PROSE.strip() in outcome_of(f"<p>{PROSE}\0</p><p>{PROSE}</p>").text
 
