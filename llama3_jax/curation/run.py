@@ -69,6 +69,8 @@ def run(
     if sample:
         pieces = inputs.sample(pieces, sample)
     with _locked(workdir):
+        for killed in list(workdir.rglob(".*.tmp")):  # in the middle of writing it
+            killed.unlink()
         records = _run_stages(config, stages, pieces, sample, workdir, say)
         _remove_others(workdir / STAGES, {record["folder"] for record in records})
         funnel = {

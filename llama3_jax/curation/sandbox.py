@@ -7,6 +7,7 @@ Only the row that did it is lost: the process is started again for the next one.
 processor's, so that a busy machine changes no result.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import multiprocessing.connection
@@ -137,14 +138,18 @@ def serve(descriptor: str, name: str, seconds: str, memory: str) -> None:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + int(memory), size + int(memory)))
     pipe = multiprocessing.connection.Connection(int(descriptor))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        _answer(pipe, function, float(seconds))
+
+
+def _answer(
+    pipe: multiprocessing.connection.Connection, function: Callable[..., Any], seconds: float
+) -> None:
     pipe.send_bytes(b"ready")
     while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
+        message = pipe.recv_bytes()
         # The signal's default action ends the process wherever it is, in C, too.
-        signal.setitimer(signal.ITIMER_PROF, float(seconds))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             outcome = function(*pickle.loads(message))
             answer = pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)

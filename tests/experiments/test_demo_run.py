@@ -22,6 +22,7 @@ from llama3_jax.schema import parse
 def prepared(tmp_path_factory):
     """The demo's parts up to training, on small made text."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / "corpus").mkdir()
     random = np.random.default_rng(0)
     for seed, source in enumerate(SOURCES):
         documents = random_documents(source, 150, seed)
