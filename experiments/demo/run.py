@@ -150,7 +150,7 @@ def tokenize(result: Path) -> None:
 def make_recall(result: Path) -> None:
     """Key-value documents (experiments/demo/recall.py), tokenised."""
     workdir = result.parent.parent
-    text = workdir / "corpus" / "recall.jsonl"
+    text = workdir / "recall.jsonl"
     recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
     options = tokenizing.Options(holdout=HOLDOUT)
     infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)
