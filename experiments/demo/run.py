@@ -36,7 +36,7 @@ from llama3_jax.files import write_json
 from llama3_jax.reporting import curation as curation_pages
 from llama3_jax.reporting import tokenizers
 from llama3_jax.reporting.run import write_run_report
-from llama3_jax.training.metrics import read_metrics
+from llama3_jax.training.metrics import METRICS_FILE, read_metrics
 
 HOLDOUT = 0.03
 SPECIALS = 16
@@ -71,6 +71,8 @@ def main(_) -> int:
     part("train a ladder of small models, fit scaling laws", workdir / "ladder", climb)
     console.rule("train", align="left")
     if code := train(workdir):
+        if code == cli.EXIT_USER_ERROR and (workdir / METRICS_FILE).exists():
+            write_run_report(workdir, [])  # the verdicts of a gate that stopped the run
         return code
     write_run_report(workdir, [ladder.section(workdir)])
     summarise(workdir)
