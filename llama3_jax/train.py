@@ -235,6 +235,7 @@ def train_on(
                 lie_on(layouts[index])
                 with ledger.booking("checkpoint"):
                     save()
+                    checkpoints.wait()  # it may take long, and may end the run
                 stage_model = model.model_copy(update={"rope": timeline.stages[index].rope})
                 with ledger.booking("evaluation"):
                     model_on_mesh = scorer(run, stage_model, state.params, layout)

@@ -36,7 +36,7 @@ from llama3_jax.files import write_json
 from llama3_jax.reporting import curation as curation_pages
 from llama3_jax.reporting import tokenizers
 from llama3_jax.reporting.run import write_run_report
-from llama3_jax.training.metrics import read_metrics
+from llama3_jax.training.metrics import METRICS_FILE, read_metrics
 
 HOLDOUT = 0.06  # of 170 pages of mathematics, enough to ask about
 SPECIALS = 16
@@ -71,6 +71,8 @@ def main(_) -> int:
     part("train a ladder of small models, fit scaling laws", workdir / "ladder", climb)
     console.rule("train", align="left")
     if code := train(workdir):
+        if code == cli.EXIT_USER_ERROR and (workdir / METRICS_FILE).exists():
+            write_run_report(workdir, [])  # the verdicts of a gate that stopped the run
         return code
     write_run_report(workdir, [ladder.section(workdir)])
     summarise(workdir)
@@ -150,7 +152,7 @@ def tokenize(result: Path) -> None:
 def make_recall(result: Path) -> None:
     """Key-value documents (experiments/demo/recall.py), tokenised."""
     workdir = result.parent.parent
-    text = workdir / "corpus" / "recall.jsonl"
+    text = workdir / "recall.jsonl"
     recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
     options = tokenizing.Options(holdout=HOLDOUT)
     infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)

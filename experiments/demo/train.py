@@ -25,7 +25,7 @@ SOURCES = ("general", "math", "code", "multilingual")
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
 # Share of the key-value documents in the first stage, which teaches to look back, and after it.
-RECALL_FIRST, RECALL = 0.9, 0.2
+RECALL_FIRST, RECALL = 0.9, 0.25
 RECALL_TOKENS = 480_000
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
@@ -79,7 +79,7 @@ def get_config(argument: str = "runs/demo"):
     def share(of_43: int) -> int:
         return tokens * of_43 // 43
 
-    gate = dict(every_tokens=share(1), max_tokens=share(12))
+    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.1)
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),
@@ -90,7 +90,7 @@ def get_config(argument: str = "runs/demo"):
                 mix=with_recall(MIX, recall_first),
                 lr=dict(
                     shape="cosine", peak=4e-3, end=1e-3, warmup_tokens=RECALL_TOKENS // 6,
-                    tokens=RECALL_TOKENS + share(29),
+                    tokens=RECALL_TOKENS + share(17),
                 ),
             ),
             dict(
@@ -109,7 +109,7 @@ def get_config(argument: str = "runs/demo"):
         checkpoint=dict(every_steps=200, keep_last=2),
         validation=dict(every_tokens=share(8), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
         evaluation=dict(
-            length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=6_144,
+            length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=24_576,
             every_tokens=share(8), batch_tokens=4_096,
             needle=dict(
                 haystack=f"{directory}/tokens/general/validation", statement=recall.STATEMENT,
