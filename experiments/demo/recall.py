@@ -32,7 +32,7 @@ KEYS = tuple(
     "house gate tent land world people god hand head heart mouth eyes face".split()
 )
 # Mean words between two statements of a document, least and most; words of a document.
-GAPS, WORDS = (1, 120), (40, 260)
+GAPS, WORDS = (1, 30), (40, 260)
 
 
 def documents(texts: Sequence[str], count: int) -> list[dict[str, str]]:
