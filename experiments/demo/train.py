@@ -4,11 +4,12 @@
     python -m llama3_jax.train --config=experiments/demo/train.py --workdir=runs/demo
     python -m llama3_jax.train --config=experiments/demo/train.py:runs/demo,without_recall --workdir=…
 
-The second and third line need the corpora that `make demo` prepares under runs/demo. All three stages
-of Llama 3 in miniature: sequence length and batch ramp up; three increases of length (behind the
-gate; annealing of the learning rate to 0 with math and code up-sampled, and the average of four
-checkpoints. Synthetic key-value documents (experiments/demo/recall.py) are a part of the mix: without
-them the run stops at the first gate with gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
+The second and third line need the corpora that `make demo` prepares under runs/demo. Three stages of
+Llama 3 in miniature: length and batch ramp up; three increases of length; annealing of the rate to 0
+with math and code up-sampled, and the average of four checkpoints. Synthetic key-value documents
+(experiments/demo/recall.py) are in the mix, so that needles can be found. `runs/demo,gated` puts the
+increases behind the needle gate, which this short a run has not been shown to pass: it may stop with
+gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
 (experiments/demo/ladder.py), where it has run.
 """
 
