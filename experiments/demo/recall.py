@@ -1,13 +1,12 @@
 """Synthetic documents that ask for what they said before: natural text with key-value statements.
 
 A tiny model does not learn from a few million tokens of natural text to look far back; from these it
-does, so that it passes the needle gate by learning (a run without them is stopped there). A document
+may, so that needles can be found. A document
 holds one key (sometimes two or three) stated again and again with its value, between passages of some
 other document; keys and values are paired anew in each.
 
-What made it work, on the way to it: a model needs many places a row where looking back pays, or the
-loss of the text hides them. With two or three statements a document nothing was learnt in 400 steps;
-with these, every needle of 96 tokens was found after 250 steps of 960 tokens.
+A model needs many places a row where looking back pays, or the loss of the text hides them: with two
+or three statements a document nothing was learnt in 400 steps.
 """
 
 import json
@@ -32,7 +31,7 @@ KEYS = tuple(
     "house gate tent land world people god hand head heart mouth eyes face".split()
 )
 # Mean words between two statements of a document, least and most; words of a document.
-GAPS, WORDS = (1, 120), (40, 260)
+GAPS, WORDS = (1, 30), (40, 260)
 
 
 def documents(texts: Sequence[str], count: int) -> list[dict[str, str]]:

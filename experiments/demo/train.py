@@ -4,11 +4,12 @@
     python -m llama3_jax.train --config=experiments/demo/train.py --workdir=runs/demo
     python -m llama3_jax.train --config=experiments/demo/train.py:runs/demo,without_recall --workdir=…
 
-The second and third line need the corpora that `make demo` prepares under runs/demo. All three stages
-of Llama 3 in miniature: sequence length and batch ramp up; three increases of length, each behind the
-gate; annealing of the learning rate to 0 with math and code up-sampled, and the average of four
-checkpoints. Synthetic key-value documents (experiments/demo/recall.py) are a part of the mix: without
-them the run stops at the first gate with gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
+The second and third line need the corpora that `make demo` prepares under runs/demo. Three stages of
+Llama 3 in miniature: length and batch ramp up; three increases of length; annealing of the rate to 0
+with math and code up-sampled, and the average of four checkpoints. Synthetic key-value documents
+(experiments/demo/recall.py) are in the mix, so that needles can be found. `runs/demo,gated` puts the
+increases behind the needle gate, which this short a run has not been shown to pass: it may stop with
+gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
 (experiments/demo/ladder.py), where it has run.
 """
 
@@ -67,8 +68,8 @@ def get_config(argument: str = "runs/demo"):
     """`argument`: directory of the corpora; then `,without_recall` to see the gate stop the run, or
     `,FILE.json` for another ladder's plan."""
     directory, _, option = argument.partition(",")
-    if option and option != "without_recall" and not option.endswith(".json"):
-        raise ValueError(f"{option!r} is neither without_recall nor a plan's .json file")
+    if option not in ("", "gated", "without_recall") and not option.endswith(".json"):
+        raise ValueError(f"{option!r} is neither gated, without_recall nor a plan's .json file")
     without = option == "without_recall"
     recall_first, recall_share = (0.0, 0.0) if without else (RECALL_FIRST, RECALL)
     plan = Path(option if option.endswith(".json") else f"{directory}/ladder/plan.json")
@@ -80,6 +81,9 @@ def get_config(argument: str = "runs/demo"):
         return tokens * of_43 // 43
 
     gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.1)
+    # Not yet shown to be passed with these tokens: off unless asked for.
+    if option not in ("gated", "without_recall"):
+        gate = None
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),

@@ -98,7 +98,7 @@ def test_cloze_questions_have_the_right_passage_once(prepared):
 def test_the_config_is_valid_and_has_all_three_stages(prepared):
     run.make_recall(prepared / "tokens" / "recall")
     run.make_questions(prepared / "cloze.jsonl")
-    config = parse(RunConfig, get_config(str(prepared)))
+    config = parse(RunConfig, get_config(f"{prepared},gated"))
     timeline = prepare(config).timeline
     gated = [stage for stage in timeline.stages if stage.gate]
     assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 384, 384]
