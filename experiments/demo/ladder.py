@@ -49,7 +49,7 @@ MAIN_SIZES = ((3, 96), (4, 128), (5, 160), (6, 192))
 # What the main model may cost, on a laptop's CPU: 1.3M matmul parameters on 2.4M tokens.
 MAIN_FLOPS = 1.9e13
 # Whatever the fit says, the main model reads at least and at most so much.
-MAIN_TOKENS = (1_200_000, 3_000_000)
+MAIN_TOKENS = (1_200_000, 2_400_000)
 BATCH_TOKENS = 512
 RUNS_FILE, PLAN_FILE = "runs.csv", "plan.json"
 COLUMNS = ("flops", "tokens", "params", "loss", "label")

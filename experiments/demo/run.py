@@ -63,7 +63,9 @@ def main(_) -> int:
     part("train a 4K tokenizer on it", workdir / "tokenizer_4k", train_tokenizer)
     part("measure the tokenizer", workdir / tokenizers.FOLDER, measure_tokenizer)
     part("tokenize", workdir / "tokens", tokenize)
-    part("make documents that ask for what they said", workdir / "tokens" / "recall", make_recall)
+    for kind in recall.KINDS:
+        part(f"make documents that ask for what they said: {kind}", workdir / "tokens" / kind,
+             make_recall)  # fmt: skip
     part("make questions of held-out text", workdir / "cloze.jsonl", make_questions)
     if FLAGS.prepare:
         return 0
@@ -152,8 +154,8 @@ def tokenize(result: Path) -> None:
 def make_recall(result: Path) -> None:
     """Key-value documents (experiments/demo/recall.py), tokenised."""
     workdir = result.parent.parent
-    text = workdir / "recall.jsonl"
-    recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS)
+    text, kind = workdir / f"{result.name}.jsonl", recall.KINDS[result.name]
+    recall.write(workdir / "tokens" / "general" / "train", text, RECALL_DOCUMENTS, kind)
     options = tokenizing.Options(holdout=HOLDOUT)
     infos = tokenizing.tokenize([text], result, workdir / "tokenizer_4k", options)
     console.print(f"{infos['train'].documents:,} documents, {infos['train'].tokens:,} tokens")

@@ -8,8 +8,8 @@ The second and third line need the corpora that `make demo` prepares under runs/
 Llama 3 in miniature: length and batch ramp up; three increases of length; annealing of the rate to 0
 with math and code up-sampled, and the average of four checkpoints. Synthetic key-value documents
 (experiments/demo/recall.py) are in the mix, so that needles can be found. `runs/demo,gated` puts the
-increases behind the needle gate, which this short a run has not been shown to pass: it may stop with
-gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
+increases behind the needle gate, which this short a run does not pass yet (some 140 of 165 needles
+were found at best, short contexts recovered): it stops with gate_failed. Size and tokens are those that the demo's scaling-law ladder chose
 (experiments/demo/ladder.py), where it has run.
 """
 
@@ -25,8 +25,10 @@ SOURCES = ("general", "math", "code", "multilingual")
 # little of 53 languages for so short a run.
 MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
-# Share of the key-value documents in the first stage, which teaches to look back, and after it.
-RECALL_FIRST, RECALL = 0.9, 0.25
+# Share of the key-value documents: in the first stage, which teaches to look back; after it; in the
+# stages behind gates. After the first, FAR of them look far back.
+RECALL_FIRST, RECALL, RECALL_GATED = 0.9, 0.3, 0.4
+FAR = 0.75
 RECALL_TOKENS = 480_000
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
@@ -60,8 +62,10 @@ def main_shape(layers: int, dim: int) -> ModelConfig:
     return ModelConfig(**model_config(layers, dim))
 
 
-def with_recall(mix: dict[str, float], share: float) -> dict[str, float]:
-    return {name: weight * (1 - share) for name, weight in mix.items()} | {"recall": share}
+def with_recall(mix: dict[str, float], share: float, far: float = FAR) -> dict[str, float]:
+    """The mix with a share of key-value documents, `far` of them of the kind that looks far back."""
+    own = {name: weight * (1 - share) for name, weight in mix.items()}
+    return own | {"recall": share * (1 - far), "recall_far": share * far}
 
 
 def get_config(argument: str = "runs/demo"):
@@ -71,7 +75,7 @@ def get_config(argument: str = "runs/demo"):
     if option not in ("", "gated", "without_recall") and not option.endswith(".json"):
         raise ValueError(f"{option!r} is neither gated, without_recall nor a plan's .json file")
     without = option == "without_recall"
-    recall_first, recall_share = (0.0, 0.0) if without else (RECALL_FIRST, RECALL)
+    first, later, behind_gates = (0.0,) * 3 if without else (RECALL_FIRST, RECALL, RECALL_GATED)
     plan = Path(option if option.endswith(".json") else f"{directory}/ladder/plan.json")
     chosen = json.loads(plan.read_text()) if plan.exists() else {}
     # The key-value documents come on top of the tokens that the ladder foresaw.
@@ -80,40 +84,43 @@ def get_config(argument: str = "runs/demo"):
     def share(of_43: int) -> int:
         return tokens * of_43 // 43
 
-    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.1)
+    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.15)
     # Not yet shown to be passed with these tokens: off unless asked for.
     if option not in ("gated", "without_recall"):
         gate = None
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),
-        data=dict(sources=corpora(directory, *SOURCES, "recall"), packing="best_fit"),
+        data=dict(sources=corpora(directory, *SOURCES, *recall.KINDS), packing="best_fit"),
         stages=[
             dict(
                 name="short", tokens=RECALL_TOKENS, length=96, batch_tokens=960,
-                mix=with_recall(MIX, recall_first),
+                mix=with_recall(MIX, first, far=0.0),
                 lr=dict(
-                    shape="cosine", peak=4e-3, end=1e-3, warmup_tokens=RECALL_TOKENS // 6,
+                    shape="cosine", peak=4e-3, end=6e-4, warmup_tokens=RECALL_TOKENS // 6,
                     tokens=RECALL_TOKENS + share(17),
                 ),
             ),
             dict(
                 name="longer", tokens=share(11), length=128, batch_tokens=1_024,
-                mix=with_recall(MIX, recall_share),
+                mix=with_recall(MIX, later),
             ),
             dict(name="bigger batch", tokens=share(6), batch_tokens=2_048),
-            dict(name="long 192", tokens=share(4), length=192, batch_tokens=1_920, gate=gate),
+            dict(
+                name="long 192", tokens=share(4), length=192, batch_tokens=1_920, gate=gate,
+                mix=with_recall(MIX, behind_gates),
+            ),
             dict(name="long 256", tokens=share(4), length=256, batch_tokens=2_048, gate=gate),
             dict(name="long 384", tokens=share(4), length=384, batch_tokens=1_920, gate=gate),
             dict(
-                name="annealing", tokens=share(14), mix=with_recall(ANNEALING_MIX, recall_share),
+                name="annealing", tokens=share(14), mix=with_recall(ANNEALING_MIX, later),
                 lr=dict(shape="linear", end=0.0), average=dict(checkpoints=4),
             ),
         ],
         checkpoint=dict(every_steps=200, keep_last=2),
         validation=dict(every_tokens=share(8), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
         evaluation=dict(
-            length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=24_576,
+            length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=12_288,
             every_tokens=share(8), batch_tokens=4_096,
             needle=dict(
                 haystack=f"{directory}/tokens/general/validation", statement=recall.STATEMENT,

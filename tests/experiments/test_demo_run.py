@@ -66,9 +66,11 @@ def test_a_finished_part_is_passed_over(tmp_path):
     assert made == [tmp_path / "thing"]
 
 
-def test_recall_documents_state_each_key_with_one_value():
+@pytest.mark.parametrize("kind", recall.KINDS)
+def test_recall_documents_state_each_key_with_one_value(kind):
+    kind = recall.KINDS[kind]
     texts = [" ".join(f"word{i}" for i in range(300))]
-    made = recall.documents(texts, 60)
+    made = recall.documents(texts, 60, kind)
     assert len({document["id"] for document in made}) == 60
     repeated = 0
     for document in made:
@@ -78,7 +80,7 @@ def test_recall_documents_state_each_key_with_one_value():
         assert set(dict(stated).values()) <= set(recall.VALUES)
         repeated += len(stated) > len(set(stated))
     assert repeated > 40
-    assert made == recall.documents(texts, 60)
+    assert made == recall.documents(texts, 60, kind)
 
 
 def test_cloze_questions_have_the_right_passage_once(prepared):
@@ -96,7 +98,8 @@ def test_cloze_questions_have_the_right_passage_once(prepared):
 
 
 def test_the_config_is_valid_and_has_all_three_stages(prepared):
-    run.make_recall(prepared / "tokens" / "recall")
+    for kind in recall.KINDS:
+        run.make_recall(prepared / "tokens" / kind)
     run.make_questions(prepared / "cloze.jsonl")
     config = parse(RunConfig, get_config(f"{prepared},gated"))
     timeline = prepare(config).timeline
