@@ -22,7 +22,8 @@ def start(runner: str = "native", address: str | None = None) -> None:
     if runner == "native":
         if address:
             raise UserError(f"--address={address} is of a Ray cluster; add --runner=ray")
-        daft.set_runner_native()
+        if daft.get_or_infer_runner_type() != "native":  # Daft refuses to be told twice
+            daft.set_runner_native()
         return
     try:
         import ray

@@ -6,7 +6,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
-from llama3_jax.training.checkpoint import LoadedModel, load_model
+from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model
 
 
 def load_with_tokenizer(path: Path, tokenizer: str | None) -> tuple[LoadedModel, Tokenizer]:
@@ -18,7 +18,8 @@ def load_with_tokenizer(path: Path, tokenizer: str | None) -> tuple[LoadedModel,
       UserError: no model, no tokenizer, or one that is not the model's.
     """
     own = tokenizers.find(path)
-    if (path / "config.json").is_file():
+    # A run's folder has a config.json of its own.
+    if (path / "config.json").is_file() and not (path / CHECKPOINTS).is_dir():
         loaded = LoadedModel(*hf.load(path), tokenizer=None)
         own = own or (path if (path / "tokenizer.json").is_file() else None)
     else:

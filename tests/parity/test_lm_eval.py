@@ -3,6 +3,9 @@
 import jax
 import numpy as np
 import pytest
+
+pytest.importorskip("lm_eval", reason="make test-parity installs it")
+
 from lm_eval_case import MODEL, TOKENIZER, make_task, run_lm_eval
 
 from llama3_jax.evaluation.lm_eval_adapter import LlamaForLmEval

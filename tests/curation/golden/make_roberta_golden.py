@@ -1,4 +1,4 @@
-"""Records a tiny random RoBERTa of transformers, its tokens and its logits for test_roberta.py.
+"""Records a tiny random RoBERTa of transformers, its tokens and its logits for tests/curation/test_roberta.py.
 
     pip install -e .[parity]
     python tests/curation/golden/make_roberta_golden.py
