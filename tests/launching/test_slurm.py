@@ -143,8 +143,9 @@ def test_an_array_with_dependencies_and_a_failure(launch, store, tmp_path):
     assert sorted((tmp_path / "root/1/ran").read_text().splitlines()) == sorted([*lines, "1/6 1"])
 
 
+@pytest.mark.slow  # races a job against the launcher: wants a quiet machine
 def test_a_launcher_killed_before_it_noted_the_job_finds_it_again(launch, store):
-    file = COMMANDS.replace("sleep 0.2", "sleep 1")
+    file = COMMANDS.replace("sleep 0.2", "sleep 15")
     launch("--config=FILE", "--executor=slurm", file=file)
     jobs = {u.id: u.job for u in store.units(1)}
     for note in (store.directory(1) / "slurm").glob("*.job"):
@@ -197,8 +198,9 @@ def release(launch, store) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.slow  # the run must outlast what Slurm takes to preempt it
 def test_a_preempted_run_ends_as_the_undisturbed_one(launch, store, tmp_path, corpora, door):
-    config = f"--config=FILE:{corpora},1,60"
+    config = f"--config=FILE:{corpora},1,1500"
     (tmp_path / "file.py").write_text(TRAINING)
     undisturbed = tmp_path / "undisturbed"
     assert door("train", config.replace("FILE", str(tmp_path / "file.py")),
