@@ -121,7 +121,7 @@ def get_config(argument: str = "runs/demo"):
         validation=dict(every_tokens=share(8), tokens=VALIDATION_TOKENS, length=VALIDATION_LENGTH),
         evaluation=dict(
             length=128, tasks={"cloze": f"{directory}/cloze.jsonl"}, held_out_tokens=12_288,
-            every_tokens=share(8), batch_tokens=4_096,
+            every_tokens=share(20), batch_tokens=4_096,
             needle=dict(
                 haystack=f"{directory}/tokens/general/validation", statement=recall.STATEMENT,
                 key_words=recall.KEYS, value_words=recall.VALUES,

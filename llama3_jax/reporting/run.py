@@ -7,23 +7,11 @@ from llama3_jax.reporting import curation, evaluation, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
 from llama3_jax.reporting.records import require_run
 
-FUNNEL = "curation/funnel.json"
-
-
-def curation_sections(workdir: Path) -> list[Section]:
-    if not (workdir / FUNNEL).exists():
-        return []
-    from llama3_jax.reporting import curation  # needs the packages of the extra "curation"
-
-    return curation.sections(workdir)
-
-
 # Each gives sections where the run's folder holds what it shows, and none where it does not.
 PARTS: tuple[Callable[[Path], list[Section]], ...] = (
     curation.sections,
     evaluation.sections,
     survival.sections,
-    curation_sections,
     tokenizers.sections,
 )
 
