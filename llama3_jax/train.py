@@ -165,15 +165,14 @@ def train_on(
         else:
             state = init_state(model, optimizer, layout, config.seed)
     tokenizer = next(iter(run.corpora.values())).tokenizer()
-    writes = processes.is_first()
-    if writes:
-        write_json(workdir / "config.json", json.loads(config.model_dump_json()))
-        (workdir / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(workdir / "tokenizer")
 
     # ---- log
+    writes = processes.is_first()
     if writes:
         values = json.loads(config.model_dump_json())
+        write_json(workdir / "config.json", values)
+        (workdir / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
         metrics = MetricsWriter(workdir, step, [Sink(s, workdir, values) for s in config.sinks])
     else:
         metrics = NoMetrics()
@@ -304,7 +303,7 @@ def train_on(
             save()
             checkpoints.close()
             if step == timeline.steps and average and not (stop.agreed or incidents.rewind_from):
-                export_average(workdir, run, to_canonical(average.params, model, layout), step)
+                export_average(workdir, run, to_canonical(average.params, model, layout))
         if incidents.rewind_from:
             target = incidents.rewind(checkpoints)
             progress.say(f"rewound to the checkpoint of step {target}")
@@ -329,10 +328,10 @@ def train_on(
     return 0
 
 
-def export_average(workdir: Path, run: Run, params: Params, step: int) -> None:
+def export_average(workdir: Path, run: Run, params: Params) -> None:
     """Writes the averaged parameters as a model folder, once."""
     if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
-        tokenizer = run_metadata(run.config, run.timeline, run.corpora, step)["tokenizer"]
+        tokenizer = next(iter(run.corpora.values())).info.tokenizer
         model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
         save_model(workdir / AVERAGED, model, params, tokenizer)
 

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llama3_jax.model.config import preset
+from llama3_jax.recipe.config import run_config
+
 # Llama 3 paper, section 3.1.2: the final mix.
 MIX = {"general": 0.50, "math": 0.25, "code": 0.17, "multilingual": 0.08}
 
@@ -29,6 +32,19 @@ ANNEALING_MIX = {
 }  # fmt: skip
 WARMUP_STEPS, COSINE_STEPS = 8_000, 1_200_000
 BATCHES = (4_194_304, 8_388_608, 16_777_216)
+
+
+def whole_run(size: str, peak: float, meshes: Mapping[int, Mapping[str, Any]]):
+    """The config of all three stages of a preset; `meshes` are those of each length."""
+    kept = dict(attention="triton", loss="triton", remat="save_products")
+    return run_config(
+        model=preset(size, **kept).model_dump(),
+        data=dict(sources=sources("corpora", "recent")),
+        stages=three_stages(peak, meshes),
+        checkpoint=dict(every_steps=500, keep_every=25_000),
+        validation=dict(every_tokens=100_000_000_000, tokens=4_194_304, length=8_192),
+        evaluation=evaluation("corpora"),
+    )
 
 
 def sources(directory: str, *more: str) -> dict[str, dict[str, str]]:

@@ -13,7 +13,7 @@ paper used no activation checkpointing but released tensors by hand. So are the 
 and 128K: as many context ranks as keep a rank at 8,192 tokens or fewer.
 """
 
-from experiments.production.common import MIX, evaluation, sources, three_stages
+from experiments.production.common import MIX, sources, whole_run
 from llama3_jax.model.config import preset
 from llama3_jax.recipe.config import run_config
 
@@ -34,22 +34,16 @@ def _mesh(data: int, context: int) -> dict:
 
 
 def get_config(row: str = "timeline"):
-    model = preset("405B", attention="triton", loss="triton", remat="save_products").model_dump()
     if row == "timeline":
         meshes = {length: _mesh(128 // ranks, ranks) for length, ranks in CONTEXT_RANKS.items()}
-        return run_config(
-            model=model,
-            data=dict(sources=sources("corpora", "recent")),
-            stages=three_stages(8e-5, meshes),
-            checkpoint=dict(every_steps=500, keep_every=25_000),
-            validation=dict(every_tokens=100_000_000_000, tokens=4_194_304, length=8_192),
-            evaluation=evaluation("corpora"),
-        )
+        return whole_run("405B", 8e-5, meshes)
     if row not in ROWS:
         raise ValueError(f"{row!r} is no row of table 4: {', '.join(ROWS)}; nor 'timeline'")
     data, context, length, tokens = ROWS[row]
     return run_config(
-        model=model,
+        model=preset(
+            "405B", attention="triton", loss="triton", remat="save_products"
+        ).model_dump(),
         data=dict(sources=sources("corpora")),
         mesh=_mesh(data, context),
         stages=[

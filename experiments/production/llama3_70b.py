@@ -10,7 +10,7 @@ MFU; 47.8% causal), with FSDP over all of them. Its rematerialisation is not pub
 figure; `full` and `save_products` bound what it may have been.
 """
 
-from experiments.production.common import MIX, evaluation, sources, three_stages
+from experiments.production.common import MIX, sources, whole_run
 from llama3_jax.model.config import preset
 from llama3_jax.recipe.config import run_config
 
@@ -31,16 +31,8 @@ def get_config(layout: str = "timeline"):
     if layout not in LAYOUTS:
         raise ValueError(f"{layout!r} is no layout: {', '.join(LAYOUTS)}")
     if layout == "timeline":
-        kept = dict(attention="triton", loss="triton", remat="save_products")
         meshes = {length: _mesh(ranks) for length, ranks in CONTEXT_RANKS.items()}
-        return run_config(
-            model=preset("70B", **kept).model_dump(),
-            data=dict(sources=sources("corpora", "recent")),
-            stages=three_stages(1.5e-4, meshes),
-            checkpoint=dict(every_steps=500, keep_every=25_000),
-            validation=dict(every_tokens=100_000_000_000, tokens=4_194_304, length=8_192),
-            evaluation=evaluation("corpora"),
-        )
+        return whole_run("70B", 1.5e-4, meshes)
     return run_config(
         model=preset("70B", attention="triton", loss="triton", remat="full").model_dump(),
         data=dict(sources=sources("corpora")),

@@ -9,7 +9,7 @@ The paper gives no layouts for 8B: those of the timeline are ours, checked by th
 `all_kernels` computes norms, RoPE and SwiGLU by Triton, too, which nobody has shown to be faster yet.
 """
 
-from experiments.production.common import MIX, evaluation, sources, three_stages
+from experiments.production.common import MIX, sources, whole_run
 from llama3_jax.model.config import preset
 from llama3_jax.recipe.config import run_config
 
@@ -25,16 +25,8 @@ CONTEXT_RANKS = {
 
 def get_config(layout: str = "timeline"):
     if layout == "timeline":
-        kept = dict(attention="triton", loss="triton", remat="save_products")
         meshes = {n: dict(data=GPUS // r, context=r) for n, r in CONTEXT_RANKS.items()}
-        return run_config(
-            model=preset("8B", **kept).model_dump(),
-            data=dict(sources=sources("corpora", "recent")),
-            stages=three_stages(3e-4, meshes),
-            checkpoint=dict(every_steps=500, keep_every=25_000),
-            validation=dict(every_tokens=100_000_000_000, tokens=4_194_304, length=8_192),
-            evaluation=evaluation("corpora"),
-        )
+        return whole_run("8B", 3e-4, meshes)
     if layout not in KERNELS:
         raise ValueError(f"{layout!r} is unknown: timeline, {', '.join(KERNELS)}")
     chosen = dict.fromkeys(KERNELS[layout], "triton")

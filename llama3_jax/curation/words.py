@@ -15,7 +15,9 @@ import pyarrow as pa
 from daft import functions as F
 from jaxtyping import Int, UInt64
 
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+from llama3_jax.curation import lexing
+
+UNSPACED = f"[{lexing.UNSPACED}]"
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 2**64)
 _KEPT = 1 << 21  # powers that are kept from batch to batch

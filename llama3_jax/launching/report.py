@@ -5,9 +5,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from llama3_jax.curation.layout import FUNNEL_FILE
 from llama3_jax.errors import UserError
 from llama3_jax.launching import look
 from llama3_jax.launching.store import ENDED, STATES, Experiment, Store
+from llama3_jax.reporting import curation
 from llama3_jax.reporting.experiment import UnitEntry, write_experiment
 from llama3_jax.reporting.page import REPORT_FILE, Section, plots_html
 from llama3_jax.scaling import isoflop
@@ -57,10 +59,8 @@ def own_sections(folder: Path) -> list[Section]:
 
 def curation_sections(entry: UnitEntry) -> list[Section]:
     """The funnel of a unit that curated."""
-    if not (entry.workdir / "funnel.json").exists():
+    if not (entry.workdir / FUNNEL_FILE).exists():
         return []
-    from llama3_jax.reporting import curation  # needs the packages of the extra "curation"
-
     funnel = curation.section(curation.read(entry.workdir))
     own_ids = funnel.html.replace('"funnel-', f'"funnel-{entry.wid}-')
     return [Section(f"{funnel.title}: {entry.name}", own_ids)]
