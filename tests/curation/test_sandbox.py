@@ -48,7 +48,8 @@ CASES = {
 
 
 def test_each_bad_call_is_named_and_its_neighbours_return():
-    sandbox = Sandbox(NAME, seconds=0.5, memory=256 << 20)
+    # So little that no machine takes half a second to fill it.
+    sandbox = Sandbox(NAME, seconds=0.5, memory=64 << 20)
     calls = [call for i, how in enumerate(CASES) for call in (("fine", i), (how, 0), ("fine", -i))]
     outcomes = list(sandbox.map(calls))
     assert len(outcomes) == len(calls)
