@@ -88,8 +88,11 @@ def main(_) -> int:
         check_run(config, load_constants())
         return 0
     if FLAGS.documents_of_step is not None:
-        events = Events(Path(FLAGS.workdir), writes=False) if FLAGS.workdir else None
-        run = prepare(config, events and events.left_out())
+        run = prepare(config)
+        if FLAGS.workdir:  # as that run went: without what it left out, by what its gates decided
+            workdir = Path(FLAGS.workdir)
+            run = leave_out(run, Events(workdir, writes=False).left_out())
+            follow(run, GateLog(workdir).verdicts)
         for entry in run.batches.documents(FLAGS.documents_of_step):
             print(json.dumps(entry._asdict(), ensure_ascii=False))
         return 0

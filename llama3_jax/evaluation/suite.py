@@ -1,6 +1,5 @@
 """Everything that is measured of a model: tasks, held-out text, needles."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydantic
 
+from llama3_jax.data import documents
 from llama3_jax.data.corpus import DATASET_FILE, Corpus
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
@@ -111,13 +111,13 @@ def open_haystack(place: str, tokenizer: Tokenizer) -> Haystack:
             raise UserError(f"needle.haystack: {path} was made by another tokenizer")
         texts = [corpus.document(i).tokens[1:-1] for i in range(len(corpus))]
     elif path.is_file() and path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        texts = [tokenizer.encode(json.loads(line)["text"]) for line in lines]
+        pieces = documents.plan_pieces([path], 1 << 40)
+        texts = [tokenizer.encode(d.text) for p in pieces for d in documents.read_piece(p)]
     elif path.is_file():
         texts = [tokenizer.encode(path.read_text(encoding="utf-8"))]
     else:
         raise UserError(f"needle.haystack: {path} is neither a tokenised corpus nor a text file")
-    tokens = np.concatenate([np.asarray(text, np.int32) for text in texts])
+    tokens = np.concatenate([np.zeros(0, np.int32), *(np.asarray(t, np.int32) for t in texts)])
     if not len(tokens):
         raise UserError(f"needle.haystack: {path} is empty")
     return Haystack(tokens, tokenizer)

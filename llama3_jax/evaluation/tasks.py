@@ -64,7 +64,7 @@ def _lines(path: Path) -> list[Question]:
     if not path.is_file():
         raise UserError(f"{path}: no such task (a file of JSON lines, or olmo:<task>)")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             values = json.loads(line)
         except ValueError:

@@ -38,8 +38,8 @@ class GateLog:
         text = ""
         if processes.is_first() and self._path.exists():
             text = "".join(map(_line, read_json_lines(self._path)))
-        text = bytes(processes.of_first(text.encode())).decode()
-        self._found = list(map(json.loads, text.splitlines()))
+        lines = bytes(processes.of_first(text.encode())).splitlines()
+        self._found = list(map(json.loads, lines))
         self.records: list[dict[str, Any]] = self._found
 
     def back_to(self, step: int, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -31,8 +31,8 @@ class Run:
     left_out: Mapping[int, Sequence[int]]
 
 
-def prepare(config: RunConfig, left_out: Mapping[int, Sequence[int]] | None = None) -> Run:
-    """Opens the data and lays out the timeline; `left_out` are batches of stages, by number.
+def prepare(config: RunConfig) -> Run:
+    """Opens the data and lays out the timeline.
 
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
@@ -63,9 +63,8 @@ def prepare(config: RunConfig, left_out: Mapping[int, Sequence[int]] | None = No
         suite = Suite(config.evaluation, validation, first.tokenizer())
         if config.evaluation.needle:
             suite.check_lengths({*gate_lengths(timeline), *needle_lengths(config, timeline)})
-    left_out = left_out or {}
-    batches = _batches(config, timeline, corpora, left_out)
-    return Run(config, timeline, corpora, validation, batches, suite, left_out)
+    batches = _batches(config, timeline, corpora, {})
+    return Run(config, timeline, corpora, validation, batches, suite, left_out={})
 
 
 def lay_out(config: RunConfig) -> Timeline:
@@ -95,7 +94,7 @@ def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
 
 
 def leave_out(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
-    """The same run without some batches, by stage: those after them move up."""
+    """The same run without some batches, by number of the stage: those after them move up."""
     batches = _batches(run.config, run.timeline, run.corpora, left_out)
     return dataclasses.replace(run, batches=batches, left_out=left_out)
 

@@ -11,6 +11,7 @@ from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation import tasks
 from llama3_jax.evaluation.metrics import Answers, Metric, difference_error, recovered
+from llama3_jax.evaluation.suite import open_haystack
 
 # Merges that span the border of context and continuation: "a b", " b", "ab".
 TOKENIZER = Tokenizer(
@@ -38,6 +39,28 @@ def test_a_task_from_a_file(tmp_path):
     path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": 1}) + "\n")
     task = tasks.load("sums", str(path))
     assert [q.answer for q in task.questions] == [0, 1]
+
+
+def test_a_line_ends_at_a_line_feed_and_at_none_of_unicodes_other_breaks(tmp_path):
+    path = tmp_path / "task.jsonl"
+    line = {"context": "a\u2028b\x85c", "choices": [" 2", " 3"], "answer": 0}
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    (question,) = tasks.load("breaks", str(path)).questions
+    assert question.context == line["context"]
+    path.write_text(json.dumps({"text": "one\u2028two"}, ensure_ascii=False), encoding="utf-8")
+    found = open_haystack(str(path), TOKENIZER)
+    assert TOKENIZER.decode(found.tokens.tolist()) == "one\u2028two"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not a line of JSON"), ('{"txt": "a"}', "no text in field 'text'"), ("", "is empty")],
+    ids=["json", "field", "empty"],
+)
+def test_a_bad_haystack_is_named(tmp_path, text, message):
+    (tmp_path / "hay.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"hay.jsonl.*{message}"):
+        open_haystack(str(tmp_path / "hay.jsonl"), TOKENIZER)
 
 
 @pytest.mark.parametrize(
