@@ -12,7 +12,7 @@ def get_config(folder: str = "crawl"):
     return curation_config(
         inputs={"web": dict(paths=(folder,))},
         stages=dict(
-            extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}, gopher={},
-            divergence={}, safety={}, pii={},
+            extract={}, urls={}, url_dedup={}, languages={}, minhash={}, lines={}, c4={},
+            gopher={}, divergence={}, safety={}, pii={},
         ),
     )  # fmt: skip

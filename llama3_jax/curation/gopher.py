@@ -5,7 +5,7 @@
     reason          gopher_<the first rule that the document breaks>, as gopher_min_words
 
 The rules are those of MassiveText (Rae et al. 2021, sec. A.1.1) and, off by default, of C4 (Raffel et
-al. 2020) and FineWeb. They were made for English prose: code and math pages repeat themselves, have
+al. 2020; its rules for lines are stage c4's) and FineWeb. They were made for English prose: code and math pages repeat themselves, have
 few stop words and many symbols, and a language without spaces has words of one character.
 `overrides` changes or switches off rules by language, source or kind of page.
 """
@@ -54,7 +54,7 @@ class Rules(Config):
     max_dup_10gram: Limit = 0.1
     max_lorem_ipsum: Limit = 0  # C4
     max_curly_brackets: Limit = None  # C4: 0, which drops every page with code
-    min_sentences: Limit = None  # C4: 5
+    min_sentences: Limit = None  # C4: 3
     min_terminal_share: Limit = None  # FineWeb: 0.12
 
 

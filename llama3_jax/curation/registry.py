@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import daft
 
 from llama3_jax.curation import (
+    c4,
     classes,
     contamination,
     divergence,
@@ -52,6 +53,7 @@ STAGES: list[Stage] = [
     Stage("languages", languages.languages, languages.LanguagesConfig, languages.VERSION),
     Stage("minhash", minhash.minhash, minhash.MinhashConfig, minhash.VERSION),
     Stage("lines", lines.lines, lines.LinesConfig, lines.VERSION),
+    Stage("c4", c4.c4, c4.C4Config, c4.VERSION),
     Stage("gopher", gopher.gopher, gopher.GopherConfig, gopher.VERSION),
     Stage("divergence", divergence.divergence, divergence.DivergenceConfig, divergence.VERSION),
     Stage("safety", safety.safety, safety.SafetyConfig, safety.VERSION),

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llama3_jax.curation import (
+    c4,
     divergence,
     gopher,
     languages,
@@ -26,6 +27,7 @@ STAGES = {
     "languages": (languages.languages, languages.LanguagesConfig()),
     "minhash": (minhash.minhash, minhash.MinhashConfig()),
     "lines": (lines.lines, lines.LinesConfig(most=1)),
+    "c4": (c4.c4, c4.C4Config(terminal=True, min_words=3)),
     "gopher": (gopher.gopher, gopher.GopherConfig()),
     "divergence": (divergence.divergence, divergence.DivergenceConfig(buckets=512, documents=5)),
     "safety": (safety.safety, safety.SafetyConfig()),
