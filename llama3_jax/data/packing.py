@@ -114,7 +114,7 @@ class PackedRows:
 
     def __init__(self, stream: Stream, origin: int, length: int, packing: Packing):
         self.stream, self.origin, self.length, self.packing = stream, origin, length, packing
-        window_tokens = min(_WINDOW_TOKENS, stream.epoch_tokens // 16)
+        window_tokens = min(_WINDOW_TOKENS, stream.epoch_tokens // 4)
         self.window_rows = max(_MIN_WINDOW_ROWS, window_tokens // length)
         slack = _SLACK if packing == "best_fit" else 0
         self._window_tokens = int(self.window_rows * length * (1 - slack))

@@ -101,7 +101,7 @@ def test_the_config_is_valid_and_has_all_three_stages(prepared):
     for kind in recall.KINDS:
         run.make_recall(prepared / "tokens" / kind)
     run.make_questions(prepared / "cloze.jsonl")
-    config = parse(RunConfig, get_config(f"{prepared},gated"))
+    config = parse(RunConfig, get_config(f"{prepared}"))
     timeline = prepare(config).timeline
     gated = [stage for stage in timeline.stages if stage.gate]
     assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 384, 384]
