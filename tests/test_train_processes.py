@@ -238,6 +238,7 @@ def test_one_goes_on_from_it_on_other_meshes(alone, one):
         assert one["validation", STEPS]["losses"][name] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_four_go_on_from_it_and_one_of_four_is_killed(one, four):
     workdir, pid, seconds, results = four
     # The timeout and some ten seconds are promised; the rest is for a busy machine.

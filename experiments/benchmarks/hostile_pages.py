@@ -4,13 +4,15 @@
     python -m experiments.benchmarks.hostile_pages --count=10000
 
 Inputs are real pages (--pages, else made ones) damaged at random, and made ones: deep nesting, long
-attributes, open formatting elements, wrong encodings, nulls, traps for patterns, and files that are no
-page (compressed bodies are unpacked by the reader of WARCs, before a page is one). They run in a process
-with a bound on its address space: what raises, dies or takes longer than --limit seconds counts against
+attributes, open formatting elements, wrong encodings, nulls, traps for patterns, files that are no
+page, and compressed responses that are bombs, cut or damaged, as the reader of WARCs gets them. They run
+in a process with a bound on its address space: what raises, dies or takes longer than --limit seconds counts against
 the page in hand. Prints what became of them, by kind of input; fails if any page broke it.
 """
 
 import collections
+import functools
+import gzip
 import multiprocessing
 import random
 import resource
@@ -18,6 +20,7 @@ import time
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
 from absl import flags
 from rich.console import Console
 from rich.progress import Progress
@@ -190,6 +193,41 @@ def large(rng: random.Random) -> str:
     return "<table>" + rng.choice(things) * size(rng, (1_000,), (49_000, 240_000))
 
 
+BOMB = 1_000_000_000
+
+
+@functools.cache
+def bomb(codec: str) -> bytes:
+    """A GB of one tag, compressed."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        for _ in range(BOMB // 3_000_000):
+            stream.write(b"<p>" * 1_000_000)
+    return sink.getvalue().to_pybytes()
+
+
+def compressed(rng: random.Random) -> bytes:
+    """An HTTP response whose body says that it is compressed."""
+    names = ("gzip", "br", "zstd", "deflate")
+    name = rng.choice(names)
+    codec = {"br": "brotli", "deflate": "gzip"}.get(name, name)
+    kind = rng.randrange(5)
+    if kind == 0:
+        body = bomb(codec)
+    elif kind == 1:
+        name, body = f"gzip, {name}", gzip.compress(bomb(codec))
+    elif kind == 2:
+        body = pa.compress(WRITTEN.encode() * rng.randrange(1, 200), codec, asbytes=True)
+        body = body[: rng.randrange(len(body))]
+    elif kind == 3:
+        body = pa.compress(WRITTEN.encode() * rng.randrange(1, 200), codec, asbytes=True)
+        body = damaged(body, rng)
+    else:
+        name, body = ", ".join(rng.choices(names, k=rng.randrange(1, 300))), rng.randbytes(2_000)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: {name}\r\n\r\n"
+    return head.encode() + body
+
+
 MADE = {
     "large": large,
     "repeated": repeated,
@@ -197,6 +235,7 @@ MADE = {
     "attributes": attributes,
     "encodings": encoded,
     "no pages": other,
+    "compressed": compressed,
 }
 
 
@@ -215,6 +254,8 @@ def inputs(numbers: list[int], seed: int, real: list[bytes]) -> list[tuple[int, 
 
 def work(numbers, seed, real, limit, memory, results) -> None:
     """A worker: says which page it takes, then what became of it."""
+    from llama3_jax.curation import http
+    from llama3_jax.curation.config import MAX_BYTES
     from llama3_jax.curation.page.extract import Document, extract
 
     extract(WRITTEN)
@@ -226,7 +267,11 @@ def work(numbers, seed, real, limit, memory, results) -> None:
         results.put((number, kind, "taken", 0.0, 0))
         start = time.process_time()
         try:
+            if kind == "compressed":
+                page = http.decoded(http.parse(page), MAX_BYTES)
             outcome = extract(page, "https://a.example/")
+        except http.Undecodable as error:
+            name = str(error)
         except Exception as error:
             name = f"raised {type(error).__name__}"
         else:

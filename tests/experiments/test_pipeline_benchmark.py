@@ -1,9 +1,12 @@
 """Schedules that hold fewer activations need less memory, by the compiler's own count."""
 
+import pytest
+
 from experiments.benchmarks.pipeline import MODEL, bubble_where_all_meet, measure_memory, mesh_of
 from llama3_jax.parallel.schedule import in_flight, make_schedule, simulate
 
 
+@pytest.mark.slow
 def test_interleaved_and_1f1b_need_less_memory_than_gpipe_at_equal_micro_batches():
     names = ("gpipe", "interleaved V=2 N=8", "1f1b")
     memory = dict(measure_memory(16, MODEL, names))

@@ -6,7 +6,9 @@ import pytest
 from llama3_jax.kernels.attention import Places, attention
 
 # Length, heads, KV heads: one chunk of queries, several, and chunks longer than the shortest.
-SHAPES = [(37, 4, 4), (150, 6, 2), (256, 8, 1), (1100, 2, 1)]
+SHAPES = [
+    (37, 4, 4), (150, 6, 2), (256, 8, 1), pytest.param(1100, 2, 1, marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 def packed_places(random: np.random.Generator, rows: int, length: int) -> Places:

@@ -45,11 +45,13 @@ def cases():
             fsdp = ("zero3", "kept")[number % 2]
             yield pytest.param(shape, dict(fsdp=fsdp), id=f"{name}-{fsdp}")
             continue
-        for schedule, options in SCHEDULES.items():
+        for place, (schedule, options) in enumerate(SCHEDULES.items()):
             if schedule == "interleaved" and shape[1] < 8:
                 # Three in a row of four micro-batches: N divides neither them nor the stages.
                 options = options | {"virtual_stages": 2, "contiguous": 3}
-            yield pytest.param(shape, options, id=f"{name}-{schedule}")
+            # Each mesh under one schedule at once, under the others where there is time.
+            marks = () if place == number % len(SCHEDULES) else pytest.mark.slow
+            yield pytest.param(shape, options, id=f"{name}-{schedule}", marks=marks)
 
 
 @functools.cache
@@ -111,7 +113,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("shape, options, changes", list(VARIANTS.values()), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "shape, options, changes",
+    [
+        pytest.param(*case, marks=pytest.mark.slow if name in ("remat-kept", "tied-head") else ())
+        for name, case in VARIANTS.items()
+    ],
+    ids=VARIANTS,
+)
 def test_remat_attention_and_tied_head_change_nothing(shape, options, changes):
     model = MODEL.model_copy(update=changes)
     params, batch = random_params(model, seed=1), packed_batch(seed=1)

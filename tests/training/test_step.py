@@ -104,7 +104,11 @@ def test_accumulation_over_micro_batches_gives_the_gradients_of_the_whole_batch(
             np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=4, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(MeshConfig(data=8), marks=pytest.mark.slow), MeshConfig(data=4, tensor=2)],
+    ids=str,
+)
 def test_three_steps_are_the_same_on_every_mesh(mesh):
     one, one_metrics = run_steps_on_one_device()
     many, metrics = run_steps(mesh)
