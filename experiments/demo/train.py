@@ -85,7 +85,7 @@ def get_config(argument: str = "runs/demo"):
 
     # So wide because a model this small, on batches of 2K tokens, wanders by 0.2 nats on the languages
     # of which it has seen little.
-    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.25)
+    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.2)
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),

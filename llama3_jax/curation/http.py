@@ -8,6 +8,7 @@ import pyarrow
 # Names of Content-Encoding and what pyarrow calls them; deflate is zlib's.
 _CODECS = {"gzip": "gzip", "x-gzip": "gzip", "br": "brotli", "zstd": "zstd"}
 _GZIP = b"\x1f\x8b"
+_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +92,19 @@ def _unchunked(body: bytes) -> bytes:
 
 
 def _decompressed(body: bytes, codec: str, max_bytes: int) -> bytes:
+    found, piece = bytearray(), memoryview(bytearray(_PIECE))
     try:
         with pyarrow.CompressedInputStream(pyarrow.BufferReader(body), codec) as stream:
-            found = stream.read(max_bytes + 1)
+            # Into a buffer of ours: `read` never frees its own when the data turn out to be damaged.
+            while len(found) <= max_bytes and (size := stream.readinto(piece)):
+                found += piece[:size]
     except (OSError, pyarrow.ArrowException):
         if body.lstrip()[:1] == b"<":
             return body
         raise Undecodable("bad_encoding") from None
     if len(found) > max_bytes:
         raise Undecodable("too_large")
-    return found
+    return bytes(found)
 
 
 def _inflated(body: bytes, max_bytes: int) -> bytes:

@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import tracemalloc
 import zlib
 
 import pyarrow as pa
@@ -175,6 +176,22 @@ def test_a_bomb_is_too_large(codec):
     response = http.Response(200, "text/html", "", codec, bomb)
     with pytest.raises(http.Undecodable, match="too_large"):
         http.decoded(response, 1 << 20)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "br", "zstd"])
+def test_damaged_bodies_leave_nothing_in_memory(codec):
+    body = pa.compress(random.randbytes(50_000), {"br": "brotli"}.get(codec, codec), asbytes=True)
+    cut = http.Response(200, "text/html", "", codec, body[:-9_000])
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(10):
+            with pytest.raises(http.Undecodable, match="bad_encoding"):
+                http.decoded(cut, 1 << 20)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 1 << 20
 
 
 def test_what_is_no_response_or_cannot_be_decoded_is_named():
