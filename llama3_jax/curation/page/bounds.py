@@ -5,6 +5,7 @@ up the open elements), the attributes of one tag (each is compared with those be
 formatting elements times blocks (each block opens them anew). One linear scan bounds all three.
 """
 
+import collections
 import itertools
 import re
 
@@ -93,6 +94,7 @@ def _holds_long_tag(data: bytes, ends: np.ndarray, run: int) -> bool:
 
 def _scan(html: str) -> str | None:
     depth = deepest = unclosed = tags = position = 0
+    opened = collections.Counter()
     while True:
         found = _TOKEN.search(html, position)
         if found is None:
@@ -113,10 +115,13 @@ def _scan(html: str) -> str | None:
         tags += 1
         name = tag.lower()
         if name[0] == "/":
-            if name[1:] not in _FLAT:
-                depth = max(0, depth - 1)
+            # One that nothing opened closes nothing, after a look at all that is open.
+            if opened[name[1:]]:
+                opened[name[1:]] -= 1
+                depth -= 1
                 unclosed -= name[1:] in _FORMATTING
         elif name not in _FLAT:
+            opened[name] += 1
             depth += 1
             deepest = max(deepest, depth)
             unclosed += name in _FORMATTING

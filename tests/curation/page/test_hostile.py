@@ -40,6 +40,7 @@ def outcome_of(page, content_type=None):
 @pytest.mark.parametrize(
     ("page", "reason"),
     [
+        ("<div></x>" * DEEP + PROSE, "too_deep"),
         ("<div>" * DEEP + PROSE, "too_deep"),
         ("<div>" * DEEP + PROSE + "</div>" * DEEP, "too_deep"),
         ("<span>" * DEEP + PROSE, "too_deep"),
