@@ -172,8 +172,10 @@ def context_balances(run: Run) -> list[str]:
         positions = np.full((rows, stage.length), -1)
         for row in range(rows):
             _, spans = run.batches.spans(number, row)
-            of_row = np.concatenate([np.arange(span.stop - span.start) for span in spans])
-            positions[row, : len(of_row)] = of_row
+            # A row may be all padding: documents that fit well leave best_fit's spare room in one.
+            of_row = [np.arange(span.stop - span.start) for span in spans]
+            if of_row:
+                positions[row, : sum(map(len, of_row))] = np.concatenate(of_row)
         causal = imbalance(np.arange(stage.length)[None], ranks)
         lines.append(
             f"stage {stage.name}: attention FLOPs of the busiest of {ranks} context ranks over "

@@ -40,6 +40,17 @@ def test_the_balance_of_context_ranks_is_that_of_the_stages_documents(corpora, c
     assert context_balances(prepare(config(corpora, data=2))) == []
 
 
+def test_a_row_of_padding_has_a_balance_too(corpora, monkeypatch):
+    run = prepare(config(corpora, context=4))
+    (before,) = context_balances(run)
+    spans = run.batches.spans
+    monkeypatch.setattr(
+        run.batches, "spans", lambda stage, row: spans(stage, row) if row else ("a", [])
+    )
+    (after,) = context_balances(run)
+    assert after != before and "nan" not in after
+
+
 def test_a_mesh_that_does_not_divide_the_rows_is_refused_before_anything_is_compiled(corpora):
     message = "config.stages.1: length 64 is not divisible by 24: mesh.context=12 cuts a row in"
     with pytest.raises(UserError, match=message):
