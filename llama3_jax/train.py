@@ -213,6 +213,8 @@ def train_on(
         canonical = to_canonical(state, model, layout)
         averaged = average and average.params and to_canonical(average.params, model, layout)
         checkpoints.save(step, canonical.params, canonical.optimizer, metadata, averaged)
+        if config.checkpoint.wait:
+            checkpoints.wait()
 
     def lie_on(new: Layout) -> None:
         nonlocal state, layout

@@ -355,9 +355,19 @@ class Faults:
                        notes)  # fmt: skip
 
     def kill(self) -> Outcome:
-        workdir, told = self.folder / "killed", []
+        return self._kill("killed")
+
+    def kill_waited(self) -> Outcome:
+        """No step goes on while a save is written: an interval is all that may be lost."""
+        outcome = self._kill("killed_waited", "--config.checkpoint.wait=true")
+        outcome.name += ", saves waited for"
+        outcome.recovered &= max(outcome.lost) <= EVERY
+        return outcome
+
+    def _kill(self, folder: str, *arguments: str) -> Outcome:
+        workdir, told = self.folder / folder, []
         kills = random_kills(FLAGS.kills, self.rng, workdir, told)
-        lives = supervise(lambda: self.door.start(workdir), workdir, kills)
+        lives = supervise(lambda: self.door.start(workdir, *arguments), workdir, kills)
         goodput = json.loads((workdir / GOODPUT_FILE).read_text())
         seconds = ", ".join(f"{key} {value:.1f}" for key, value in goodput["seconds"].items())
         booked = sum(goodput["seconds"].values())
@@ -507,7 +517,7 @@ class SkipCase(Exception):
 
 CASES = {
     name: getattr(Faults, name)
-    for name in ("kill", "sigterm", "truncated", "flipped", "disk", "shard", "nan_skip",
+    for name in ("kill", "kill_waited", "sigterm", "truncated", "flipped", "disk", "shard", "nan_skip",
                  "nan_rewind", "one_of_two", "frozen", "stuck")
 }  # fmt: skip
 

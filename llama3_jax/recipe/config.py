@@ -35,11 +35,16 @@ class DataConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """A save every `every_steps`; the newest `keep_last` stay, and multiples of `keep_every`."""
+    """A save every `every_steps`; the newest `keep_last` stay, and multiples of `keep_every`.
+
+    Steps go on while a save is written, so a crash in one costs an interval and those steps. With
+    `wait` they do not: an interval at most is lost, and every save takes its whole time.
+    """
 
     every_steps: pydantic.PositiveInt
     keep_last: pydantic.PositiveInt = 2
     keep_every: pydantic.PositiveInt | None = None
+    wait: bool = False
 
 
 class ValidationConfig(Config):
