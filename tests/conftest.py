@@ -24,6 +24,7 @@ from experiments.scaling_laws import published
 from llama3_jax.data import tokenizing
 from llama3_jax.data.tokenizer import Tokenizer
 
+QUICK = "--xla_backend_optimization_level=0"
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for flags
 
 REPOSITORY = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ def door_environment(compilation_cache: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return environment | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK,
         "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from llama3_jax.files import read_json_lines, write_text
 from llama3_jax.training.sinks import Sink
@@ -26,7 +29,11 @@ class MetricsWriter:
             kept = [record for record in read_metrics(workdir) if record["step"] <= step]
             write_text(self._path, "".join(map(_line, kept)))
         self._file = open(self._path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # In this thread: SummaryWriter's own dies of a full disk in silence, and its queue then blocks.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
+        start = SessionLog(status=SessionLog.START)  # what came after `step` before counts no more
+        self._board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, kind: str, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Records `values` of a kind ("train", "validation", …) after `step` steps.
@@ -37,8 +44,11 @@ class MetricsWriter:
         self._file.write(_line(record))
         self._file.flush()
         scalars = dict(_scalars(values, kind))
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
+        shown = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        if shown:
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=shown))
+            self._board.write_event(event)
+            self._board.flush()
         for sink in self._sinks:
             sink.write(scalars | {"tokens": tokens}, step)
 

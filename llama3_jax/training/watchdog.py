@@ -91,16 +91,22 @@ class Watchdog:
             f"allowed are {allowed:.0f} s, a step takes {usual:.3g} s"
         )
 
-    def write_stacks(self) -> Path:
-        """Adds the stacks of all threads to the process's file."""
-        self._path.parent.mkdir(exist_ok=True)
+    def write_stacks(self) -> Path | str:
+        """Adds the stacks of all threads to the process's file, or writes them to standard error."""
         step, category, waited = self.position()
-        with open(self._path, "a", encoding="utf-8") as file:
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{now} after step {step}: {category} for {waited:.0f} s", file=file, flush=True)
-            faulthandler.dump_traceback(file, all_threads=True)
-            print(file=file)
-        return self._path
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        title = f"{now} after step {step}: {category} for {waited:.0f} s"
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                print(title, file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+                print(file=file)
+            return self._path
+        except OSError as error:  # a full disk may be what hangs: the process must end all the same
+            print(f"{self._path}: {error}; {title}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            return "standard error"
 
     def _waits_for_another(self) -> bool:
         """Whether this process is in a step, for which another one is not ready for good reasons."""

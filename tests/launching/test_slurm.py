@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import QUICK, REPOSITORY, door_environment
 
 from llama3_jax.launching.slurm import sbatch_options
 from llama3_jax.launching.store import ENDED, Store
@@ -248,7 +248,7 @@ def test_two_processes_are_one_run(launch, store, tmp_path, corpora, door):
         [sys.executable, "-m", "llama3_jax.train",
          config.replace("FILE", str(tmp_path / "file.py")), f"--workdir={tmp_path / 'one'}"],
         cwd=REPOSITORY, capture_output=True, text=True,
-        env=door_environment(tmp_path) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env=door_environment(tmp_path) | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert curve(Path(unit.workdir)) == curve(tmp_path / "one")

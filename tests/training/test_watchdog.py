@@ -80,6 +80,16 @@ def test_stacks_of_all_threads_are_written(watched, tmp_path):
     assert "stuck_in_a_loader" in text and "test_stacks_of_all_threads" in text
 
 
+def test_stacks_that_find_no_place_go_to_standard_error(watched, tmp_path, capfd):
+    """As on a full disk, which may be what the process hangs at: it must end all the same."""
+    _, watchdog = watched
+    watchdog._path.parent.parent.mkdir(exist_ok=True)
+    watchdog._path.parent.write_text("no folder")
+    assert watchdog.write_stacks() == "standard error"
+    error = capfd.readouterr().err
+    assert "after step 8: step" in error and "test_stacks_that_find_no_place" in error
+
+
 def test_who_is_missing():
     waiting = (True, 7, "step", 40.0)
     behind = {"a": waiting, "b": (True, 6, "data", 41.0), "c": waiting}
