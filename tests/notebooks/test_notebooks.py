@@ -24,7 +24,6 @@ def test_all_notebooks_are_listed():
     assert {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")} == set(SAID)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SAID)
 def test_a_notebook_runs(name):
     path = REPOSITORY / "notebooks" / f"{name}.ipynb"
