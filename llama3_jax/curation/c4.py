@@ -1,6 +1,6 @@
 """Stage c4: rules for single lines that mark what is no text of the page (C4).
 
-    text        without the lines that break a rule, the others in their order; without citation marks
+    text        without the lines that break a rule, the others in their order
     c4_lines    how many lines went
     reason      c4_empty where nothing is left
 
@@ -41,7 +41,7 @@ class C4Config(Config):
     citations: the marks [1], [edit] and [citation needed] go, their lines stay. Off, since text about
       programs has x[1].
     terminal: lines that do not end as a sentence does. It was C4's strongest rule; FineWeb (Penedo et
-      al. 2024, sec. 3.5) found that it drops a third of all tokens, and left it out.
+      al. 2024, sec. 3.5) found that it drops some 30% of tokens, and left it out.
     min_words, max_word_length: words of a line (C4: 5), characters of one (C4: 1,000).
     """
 
