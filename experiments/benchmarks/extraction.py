@@ -6,9 +6,6 @@
     for deb in python-*-doc_*.deb; do dpkg-deb -x $deb docs; done
     python -m experiments.benchmarks.extraction --pages=../shared/data/html --docs=docs
 
-The committed trees have learnt from all pages. How new pages fare is told by the part kept aside, with
---weights=tuning.npz, which experiments/extraction/train.py makes of the other part.
-
 Sides take turns page by page, in an order that rotates. Word F1 is that of bags of lower-case words, mean
 over pages; must is the share of snippets of true content that the output holds, must not the share
 of boilerplate snippets that it lacks. Speed is pages per second of CPU time in this process, bytes
@@ -30,7 +27,7 @@ from rich.table import Table
 
 from experiments.extraction import pages as truth
 from llama3_jax import cli
-from llama3_jax.curation.page import classifier, encoding
+from llama3_jax.curation.page import encoding
 from llama3_jax.curation.page.extract import Document, extract
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
@@ -50,9 +47,6 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("docs", None, "Folder with Debian's unpacked documentation packages.")
     flags.DEFINE_integer("docs_pages", 400, "Pages a documentation package at most, evenly taken.")
-    flags.DEFINE_string(
-        "weights", None, "Trees of the tuning part alone; the committed ones if not given."
-    )
     flags.DEFINE_string("json", None, "File that takes every page's measurement.")
 
 
@@ -203,16 +197,11 @@ def measure_docs(folder: Path, by_name: dict, limit: int) -> None:
 
 def main(argv) -> None:
     by_name = sides()
-    if FLAGS.weights:
-        if not Path(FLAGS.weights).is_file():
-            raise UserError(f"--weights={FLAGS.weights}: no such file")
-        classifier.WEIGHTS = Path(FLAGS.weights)
     folder = Path(FLAGS.pages) if FLAGS.pages else truth.DATA / "html"
     rows = measure(truth.load(folder), by_name)
     names = list(by_name)
     show([row for row in rows if not row["aside"]], "the part to tune on (trained on it)", names)
-    known = "" if FLAGS.weights else " (trained on it)"
-    show([row for row in rows if row["aside"]], f"the part kept aside{known}", names)
+    show([row for row in rows if row["aside"]], "the part kept aside", names)
     for name in names:
         markers = sum(row["markers"] for row in rows if row["side"] == name)
         console.print(f"markdown markers in the output of {name}: {markers}")

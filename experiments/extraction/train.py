@@ -1,11 +1,6 @@
-"""Trains the extractor's classifier of blocks.
+"""Trains the extractor's classifier of blocks on the tuning part of the pages.
 
     python -m experiments.extraction.train --pages=../shared/data/html
-    python -m experiments.extraction.train --part=tuning --out=tuning.npz
-    python -m experiments.benchmarks.extraction --weights=tuning.npz
-
-The committed trees learn from all pages; those of the tuning part alone are for measuring how the
-extractor does on pages that it has not seen.
 
 Needs the extra `extraction-training`. Labels come from aligning a page's words with its true
 content: longest common subsequence, and three-word shingles where a block is long enough. With
@@ -138,7 +133,7 @@ def cross_validate(pages: list[truth.Page], sets: list, folds: int) -> None:
 
 def main(argv) -> None:
     folder = Path(FLAGS.pages) if FLAGS.pages else truth.DATA / "html"
-    pages = [page for page in truth.load(folder) if FLAGS.part == "all" or not page.aside]
+    pages = [page for page in truth.load(folder) if not page.aside]
     sets = [examples(page) for page in track(pages, "aligning", console=console)]
     if FLAGS.folds:
         cross_validate(pages, sets, FLAGS.folds)
@@ -152,6 +147,5 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "pages", None, "Folder with truth.jsonl and pages/; else the shared data's."
     )
-    flags.DEFINE_enum("part", "all", ["all", "tuning"], "Pages to learn from.")
     flags.DEFINE_string("out", str(classifier.WEIGHTS), "File that takes the trees.")
     cli.run(main)
