@@ -83,6 +83,19 @@ def test_recall_documents_state_each_key_with_one_value(kind):
     assert made == recall.documents(texts, 60, kind)
 
 
+def test_half_of_the_far_recall_documents_span_their_text_with_one_key():
+    texts = [" ".join(f"word{i}" for i in range(300))]
+    spans = []
+    for document in recall.documents(texts, 200, recall.KINDS["recall_far"]):
+        text = document["text"]
+        stated = list(re.finditer(r" Note: (\w+) (\w+)\.", text))
+        if text.startswith(stated[0].group()) and text.endswith(stated[0].group()):
+            spans.append(len(text.split(" ")))
+    low, high = recall.SPAN
+    assert 70 < len(spans) < 130
+    assert min(spans) < low + 40 and high - 40 < max(spans) < high + 40
+
+
 def test_cloze_questions_have_the_right_passage_once(prepared):
     run.make_questions(prepared / "cloze.jsonl")
     task = tasks.load("cloze", str(prepared / "cloze.jsonl"))
@@ -101,7 +114,7 @@ def test_the_config_is_valid_and_has_all_three_stages(prepared):
     for kind in recall.KINDS:
         run.make_recall(prepared / "tokens" / kind)
     run.make_questions(prepared / "cloze.jsonl")
-    config = parse(RunConfig, get_config(f"{prepared}"))
+    config = parse(RunConfig, get_config(str(prepared)))
     timeline = prepare(config).timeline
     gated = [stage for stage in timeline.stages if stage.gate]
     assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 384, 384]
