@@ -52,7 +52,7 @@ KINDS = {
     "recall": Kind((1, 30), (40, 260), (1, 1, 1, 2, 3)),
     "recall_far": Kind((8, 220), (100, 240), (1, 1, 1, 2), spanning=0.5),
 }
-SPAN, BETWEEN = (40, 210), (0, 0, 1, 2)
+SPAN, BETWEEN = (40, 180), (0, 0, 1, 2)
 
 
 def documents(texts: Sequence[str], count: int, kind: Kind) -> list[dict[str, str]]:
@@ -83,7 +83,7 @@ def _gaps(draw: random.Random, kind: Kind) -> list[int]:
 
 
 def _spanning_gaps(draw: random.Random) -> list[int]:
-    size = round(_between(draw, SPAN))
+    size = draw.randint(*SPAN)
     cuts = sorted(draw.randrange(size) for _ in range(draw.choice(BETWEEN)))
     return [end - start for start, end in itertools.pairwise([0, *cuts, size])]
 

@@ -26,7 +26,7 @@ MIX = {"general": 0.34, "math": 0.25, "code": 0.21, "multilingual": 0.20}
 ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.22}
 # Share of the key-value documents: in the first stage, which teaches to look back; after it; in the
 # stages behind gates. After the first, FAR of them look far back.
-RECALL_FIRST, RECALL, RECALL_GATED = 0.9, 0.3, 0.4
+RECALL_FIRST, RECALL, RECALL_GATED = 0.9, 0.3, 0.5
 FAR = 0.75
 RECALL_TOKENS = 480_000
 VOCAB_SIZE = 4096
@@ -109,7 +109,7 @@ def get_config(argument: str = "runs/demo"):
                 mix=with_recall(MIX, behind_gates),
             ),
             dict(name="long 256", tokens=share(4), length=256, batch_tokens=2_048, gate=gate),
-            dict(name="long 384", tokens=share(4), length=384, batch_tokens=1_920, gate=gate),
+            dict(name="long 320", tokens=share(4), length=320, batch_tokens=1_920, gate=gate),
             dict(
                 name="annealing", tokens=share(14), mix=with_recall(ANNEALING_MIX, later),
                 lr=dict(shape="linear", end=0.0), average=dict(checkpoints=4),

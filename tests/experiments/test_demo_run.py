@@ -117,8 +117,8 @@ def test_the_config_is_valid_and_has_all_three_stages(prepared):
     config = parse(RunConfig, get_config(str(prepared)))
     timeline = prepare(config).timeline
     gated = [stage for stage in timeline.stages if stage.gate]
-    assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 384, 384]
-    assert [stage.length for stage in gated] == [192, 256, 384]
+    assert [stage.length for stage in timeline.stages] == [96, 128, 128, 192, 256, 320, 320]
+    assert [stage.length for stage in gated] == [192, 256, 320]
     assert timeline.stages[-1].average.checkpoints == 4
     without = lay_out(parse(RunConfig, get_config(f"{prepared},without_recall")))
     assert all(stage.mix["recall"] == 0 for stage in without.stages)
