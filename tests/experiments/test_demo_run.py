@@ -93,7 +93,9 @@ def test_half_of_the_far_recall_documents_span_their_text_with_one_key():
             spans.append(len(text.split(" ")))
     low, high = recall.SPAN
     assert 70 < len(spans) < 130
-    assert min(spans) < low + 40 and high - 40 < max(spans) < high + 40
+    # Some of the others begin and end so by chance.
+    nearly_least, nearly_most = np.quantile(spans, (0.05, 0.9))
+    assert low < nearly_least < low + 40 and high - 40 < nearly_most < high + 40
 
 
 def test_cloze_questions_have_the_right_passage_once(prepared):
