@@ -24,10 +24,8 @@ SEED = 0
 STATEMENT = " Note: {key} {value}."
 # Words of technical text, which the haystacks (plays and Bible) do not hold. Few, and rare in the other
 # text, too: of 26, with "string", "object" and "import" among them, the right one was often no likelier
-# than its neighbours, for a width of 96 does not keep so many apart.
-VALUES = tuple(
-    "vector matrix equation algorithm tuple template method argument default factor".split()
-)
+# than its neighbours: a width of 96 does not keep so many apart.
+VALUES = tuple("vector equation tuple template argument default".split())
 KEYS = tuple(
     "king lord priest prophet servant master father mother brother daughter wife woman son man city "
     "house gate tent land world people god hand head heart mouth eyes face".split()
