@@ -68,7 +68,13 @@ EXTRAS = {
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.3"],
     # Live comparison with the reference implementation; torch should be a CPU build.
-    "parity": ["llama-models>=0.3", "lm-eval==0.4.13", "torch>=2.6", "transformers>=4.46"],
+    "parity": [
+        "accelerate>=1.0",
+        "llama-models>=0.3",
+        "lm-eval==0.4.13",
+        "torch>=2.6",
+        "transformers>=4.46",
+    ],
 }
 
 setup(
