@@ -5,7 +5,8 @@ may, so that needles can be found. A document holds one key (sometimes two or th
 again with its value, between passages of some other document; keys and values are paired anew in each.
 
 A model needs many places a row where looking back pays, or the loss of the text hides them: with two
-or three statements a document nothing was learnt in 400 steps.
+or three statements a document nothing was learnt in 400 steps. So documents of few statements come
+after a stage of the others.
 """
 
 import itertools
@@ -50,6 +51,7 @@ KINDS = {
     "recall": Kind((1, 30), (40, 260), (1, 1, 1, 2, 3)),
     "recall_far": Kind((8, 220), (100, 240), (1, 1, 1, 2), spanning=0.5),
 }
+# At 1.8 tokens a word, spans of up to the longest rows.
 SPAN, BETWEEN = (40, 180), (0, 0, 1, 2)
 
 
