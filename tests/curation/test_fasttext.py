@@ -257,6 +257,8 @@ def test_words_of_scripts():
     assert words("Don't STOP हिन्दी 日本語 ไทย") == [
         "don", "t", "stop", "हिन्दी", "日", "本", "語", "ไ", "ท", "ย",
     ]  # fmt: skip
+    # A radical of an index is of the script Han, but a symbol.
+    assert (words("日⺀本"), pieces("日⺀本")) == (["日", "本"], ["日", "⺀", "本"])
     assert pieces("a_b </s>") == ["a", "_", "b", "<", "/", "s", ">"]
 
 
