@@ -9,11 +9,12 @@ or three statements a document nothing was learnt in 400 steps. So documents of 
 after a stage of the others.
 """
 
+import bisect
 import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,70 +24,89 @@ from llama3_jax.files import write_text
 SEED = 0
 # Short, and the value right after its key.
 STATEMENT = " Note: {key} {value}."
-# Words of technical text, which the haystacks (plays and Bible) do not hold. Few, and rare in the other
-# text, too: of 26, with "string", "object" and "import" among them, the right one was often no likelier
-# than its neighbours: a width of 96 does not keep so many apart.
-VALUES = tuple("vector equation tuple template argument default".split())
+# Words of technical text, which the haystacks (plays and Bible) do not hold: a king is in every play, and
+# a model this small took him for the key. Few values, and rare ones: of 26, with "string", "object" and
+# "import" among them, the right one was often no likelier than its neighbours.
 KEYS = tuple(
-    "king lord priest prophet servant master father mother brother daughter wife woman son man city "
-    "house gate tent land world people god hand head heart mouth eyes face".split()
+    "matrix integer polynomial module session password cursor column query cache label context series "
+    "dictionary database precision".split()
 )
+VALUES = tuple("vector equation tuple template argument default".split())
 
 
 class Kind(NamedTuple):
-    """Of documents: mean words of a passage, least and most; words of a document; keys stated.
+    """Of documents, in tokens: mean of a passage, least and most; a document, least and most. Keys stated.
 
-    `spanning`: share of the documents that only begin and end with a statement, with at most `BETWEEN`
-    others, and passages of SPAN words in all; without them a needle right after begin of text was lost.
+    `once`: share of the documents that are made as needles are: one statement, which the document's end
+    repeats; half of them begin with it, the others have it anywhere. Of others, few begin with a
+    statement or are as long as a row, and a needle right after begin of text was lost.
     """
 
     gaps: tuple[float, float]
-    words: tuple[float, float]
+    size: tuple[float, float]
     keys: tuple[int, ...]
-    spanning: float = 0.0
+    once: float = 0.0
 
 
 # The first teaches to look back at all, the second to look back as far as the longest rows reach.
 KINDS = {
-    "recall": Kind((1, 30), (40, 260), (1, 1, 1, 2, 3)),
-    "recall_far": Kind((8, 220), (100, 240), (1, 1, 1, 2), spanning=0.6),
+    "recall": Kind((2, 54), (72, 470), (1, 1, 1, 2, 3)),
+    "recall_far": Kind((14, 400), (180, 430), (1, 1, 1, 2), once=0.7),
 }
-# At 1.8 tokens a word, from 144 tokens to the longest rows: with spans of 72 on and fewer of them, one
-# seed never found all needles at 320 tokens, for one value was lost where it stood far back.
-SPAN, BETWEEN = (80, 180), (0, 0, 1, 2)
+# The demo's rows behind gates, in tokens, and how many documents with one statement are made for each:
+# the last gate asks for them all. They fill a row to the end or by three quarters; a longer one would
+# be cut.
+ROWS, ROW_WEIGHTS = (192, 256, 320), (1, 2, 4)
+LEAST_FILLED = 0.75
+# A statement's tokens; begin and end of text.
+STATED, ENDS = 6, 2
 
 
-def documents(texts: Sequence[str], count: int, kind: Kind) -> list[dict[str, str]]:
-    """`count` documents with passages of `texts`."""
+class Text(NamedTuple):
+    """Its words, parted at blanks, and how many tokens lie before each and, at last, in all."""
+
+    words: list[str]
+    before: list[int]
+
+
+def split(text: str, tokens: Callable[[str], int]) -> Text:
+    words = text.split(" ")
+    return Text(words, [0, *itertools.accumulate(tokens(f" {word}") for word in words)])
+
+
+def documents(
+    texts: Sequence[str], count: int, kind: Kind, tokens: Callable[[str], int]
+) -> list[dict[str, str]]:
+    """`count` documents with passages of `texts`; `tokens` counts those of a piece of text."""
     draw = random.Random(SEED)
-    words = [text.split(" ") for text in texts]
+    sources = [split(text, tokens) for text in texts]
     made = []
     for number in range(count):
-        spanning = draw.random() < kind.spanning
-        keys = draw.sample(KEYS, 1 if spanning else draw.choice(kind.keys))
+        once = draw.random() < kind.once
+        keys = draw.sample(KEYS, 1 if once else draw.choice(kind.keys))
         statements = [STATEMENT.format(key=key, value=draw.choice(VALUES)) for key in keys]
-        gaps = _spanning_gaps(draw) if spanning else _gaps(draw, kind)
-        parts = [draw.choice(statements)] if spanning else []
-        for gap in gaps:
-            parts += [_passage(draw, words, gap), draw.choice(statements)]
+        parts: list[str] = []
+        for gap in _once_gaps(draw) if once else _gaps(draw, kind):
+            parts += [_passage(draw, sources, gap), draw.choice(statements)]
         text = "".join(f" {part.strip()}" for part in parts if part)
         made.append({"id": f"recall#{number}", "text": text})
     return made
 
 
 def _gaps(draw: random.Random, kind: Kind) -> list[int]:
-    """Words of the passages before each statement."""
-    gap, size = _between(draw, kind.gaps), _between(draw, kind.words)
+    """Tokens of the passages before each statement."""
+    gap, size = _between(draw, kind.gaps), _between(draw, kind.size)
     gaps: list[int] = []
-    while sum(gaps) + 4 * len(gaps) < size:
+    while sum(gaps) + STATED * len(gaps) < size:
         gaps.append(round(draw.expovariate(1 / gap)))
     return gaps
 
 
-def _spanning_gaps(draw: random.Random) -> list[int]:
-    size = draw.randint(*SPAN)
-    cuts = sorted(draw.randrange(size) for _ in range(draw.choice(BETWEEN)))
-    return [end - start for start, end in itertools.pairwise([0, *cuts, size])]
+def _once_gaps(draw: random.Random) -> list[int]:
+    (row,) = draw.choices(ROWS, ROW_WEIGHTS)
+    size = round(row * draw.uniform(LEAST_FILLED, 1)) - ENDS - 2 * STATED
+    before = draw.choice((0, draw.randrange(size)))
+    return [before, size - before]
 
 
 def _between(draw: random.Random, ends: tuple[float, float]) -> float:
@@ -94,10 +114,12 @@ def _between(draw: random.Random, ends: tuple[float, float]) -> float:
     return math.exp(draw.uniform(*map(math.log, ends)))
 
 
-def _passage(draw: random.Random, texts: Sequence[Sequence[str]], words: int) -> str:
-    text = draw.choice(texts)
-    start = draw.randrange(max(len(text) - words, 1))
-    return " ".join(text[start : start + words])
+def _passage(draw: random.Random, texts: Sequence[Text], tokens: int) -> str:
+    """So many tokens at most, of whole words."""
+    words, before = draw.choice(texts)
+    start = draw.randrange(max(bisect.bisect_left(before, before[-1] - tokens), 1))
+    end = bisect.bisect_right(before, before[start] + tokens) - 1
+    return " ".join(words[start:end])
 
 
 def write(corpus: Path, result: Path, count: int, kind: Kind) -> None:
@@ -105,5 +127,5 @@ def write(corpus: Path, result: Path, count: int, kind: Kind) -> None:
     source = Corpus(corpus)
     tokenizer = source.tokenizer()
     texts = [tokenizer.decode(source.document(i).tokens[1:-1].tolist()) for i in range(len(source))]
-    lines = (json.dumps(d, ensure_ascii=False) + "\n" for d in documents(texts, count, kind))
-    write_text(result, "".join(lines))
+    made = documents(texts, count, kind, lambda text: len(tokenizer.encode(text)))
+    write_text(result, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in made))

@@ -29,6 +29,8 @@ ANNEALING_MIX = {"general": 0.24, "math": 0.29, "code": 0.25, "multilingual": 0.
 # stages behind gates. After the first, FAR of them look far back.
 RECALL_FIRST, RECALL, RECALL_GATED = 0.9, 0.3, 0.5
 FAR = 0.75
+# Least tokens of the stages behind gates, in 43rds of all; the last gate asks for the most.
+GATED_TOKENS = (4, 4, 6)
 RECALL_TOKENS = 480_000
 VOCAB_SIZE = 4096
 # Shared with the ladder, so that its forecast is of the loss that this run reports.
@@ -86,7 +88,7 @@ def get_config(argument: str = "runs/demo"):
 
     # So wide because a model this small, on batches of 2K tokens, wanders by 0.2 nats on the languages
     # of which it has seen little.
-    gate = dict(every_tokens=share(1), max_tokens=share(12), epsilon=0.2)
+    gate = dict(every_tokens=share(2), max_tokens=share(16), epsilon=0.2)
     return run_config(
         seed=0,
         model=model_config(chosen.get("layers", LAYERS), chosen.get("dim", DIM)),
@@ -105,14 +107,15 @@ def get_config(argument: str = "runs/demo"):
                 mix=with_recall(MIX, later),
             ),
             dict(name="bigger batch", tokens=share(6), batch_tokens=2_048),
-            dict(
-                name="long 192", tokens=share(4), length=192, batch_tokens=1_920, gate=gate,
-                mix=with_recall(MIX, behind_gates),
+            *(
+                dict(
+                    name=f"long {length}", tokens=share(least), length=length, gate=gate,
+                    batch_tokens=2_048 // length * length, mix=with_recall(MIX, behind_gates),
+                )
+                for length, least in zip(recall.ROWS, GATED_TOKENS, strict=True)
             ),
-            dict(name="long 256", tokens=share(4), length=256, batch_tokens=2_048, gate=gate),
-            dict(name="long 320", tokens=share(4), length=320, batch_tokens=1_920, gate=gate),
             dict(
-                name="annealing", tokens=share(14), mix=with_recall(ANNEALING_MIX, later),
+                name="annealing", tokens=share(12), mix=with_recall(ANNEALING_MIX, later),
                 lr=dict(shape="linear", end=0.0), average=dict(checkpoints=4),
             ),
         ],

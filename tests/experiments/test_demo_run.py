@@ -66,11 +66,15 @@ def test_a_finished_part_is_passed_over(tmp_path):
     assert made == [tmp_path / "thing"]
 
 
+def words_of(text: str) -> int:
+    return len(text.split())
+
+
 @pytest.mark.parametrize("kind", recall.KINDS)
 def test_recall_documents_state_each_key_with_one_value(kind):
     kind = recall.KINDS[kind]
     texts = [" ".join(f"word{i}" for i in range(300))]
-    made = recall.documents(texts, 60, kind)
+    made = recall.documents(texts, 60, kind, words_of)
     assert len({document["id"] for document in made}) == 60
     repeated = 0
     for document in made:
@@ -80,22 +84,27 @@ def test_recall_documents_state_each_key_with_one_value(kind):
         assert set(dict(stated).values()) <= set(recall.VALUES)
         repeated += len(stated) > len(set(stated))
     assert repeated > 40
-    assert made == recall.documents(texts, 60, kind)
+    assert made == recall.documents(texts, 60, kind, words_of)
 
 
-def test_half_of_the_far_recall_documents_span_their_text_with_one_key():
-    texts = [" ".join(f"word{i}" for i in range(300))]
-    spans = []
-    for document in recall.documents(texts, 200, recall.KINDS["recall_far"]):
+def test_recall_documents_made_as_needles_state_a_key_and_repeat_it_at_the_end():
+    texts = [" ".join(f"word{i}" for i in range(600))]
+    kind = recall.KINDS["recall_far"]._replace(once=1.0)
+    depths, lengths = [], []
+    for document in recall.documents(texts, 400, kind, words_of):
         text = document["text"]
-        stated = list(re.finditer(r" Note: (\w+) (\w+)\.", text))
-        if text.startswith(stated[0].group()) and text.endswith(stated[0].group()):
-            spans.append(len(text.split(" ")))
-    low, high = recall.SPAN
-    assert 70 < len(spans) < 130
-    # Some of the others begin and end so by chance.
-    nearly_least, nearly_most = np.quantile(spans, (0.05, 0.9))
-    assert low < nearly_least < low + 40 and high - 40 < nearly_most < high + 40
+        first, last = re.finditer(r" Note: (\w+) (\w+)\.", text)
+        assert first.group() == last.group() and last.end() == len(text)
+        depths.append(first.start() / len(text))
+        lengths.append(words_of(text))
+    assert 0.35 < np.mean(np.equal(depths, 0)) < 0.65
+    # The others anywhere: also right before the end.
+    assert np.quantile(depths, 0.7) > 0.2 and max(depths) > 0.9
+    # To the end of the longest row, never longer: a statement is three words here, and begin and end none.
+    least, most = min(lengths), max(lengths)
+    shorter = recall.ENDS + 2 * (recall.STATED - 3)
+    assert max(recall.ROWS) - shorter - 3 <= most <= max(recall.ROWS) - shorter
+    assert least >= recall.LEAST_FILLED * min(recall.ROWS) - shorter - 2
 
 
 def test_cloze_questions_have_the_right_passage_once(prepared):
