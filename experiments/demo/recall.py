@@ -24,9 +24,9 @@ from llama3_jax.files import write_text
 SEED = 0
 # Short, and the value right after its key.
 STATEMENT = " Note: {key} {value}."
-# Words of technical text, which the haystacks (plays and Bible) do not hold: a king is in every play, and
-# a model this small took him for the key. Few values, and rare ones: of 26, with "string", "object" and
-# "import" among them, the right one was often no likelier than its neighbours.
+# Words of technical text, which the haystacks (plays and Bible) do not hold: of keys that plays are full
+# of (master, son, king) more needles were lost. Few values, and rare ones: of 26, with "string", "object"
+# and "import" among them, the right one was often no likelier than its neighbours.
 KEYS = tuple(
     "matrix integer polynomial module session password cursor column query cache label context series "
     "dictionary database precision".split()
@@ -53,9 +53,8 @@ KINDS = {
     "recall": Kind((2, 54), (72, 470), (1, 1, 1, 2, 3)),
     "recall_far": Kind((14, 400), (180, 430), (1, 1, 1, 2), once=0.7),
 }
-# The demo's rows behind gates, in tokens, and how many documents with one statement are made for each:
-# the last gate asks for them all. They fill a row to the end or by three quarters; a longer one would
-# be cut.
+# The demo's rows behind gates, in tokens, and the proportions of the documents with one statement that
+# are made for each: they fill three quarters of a row or more, but no more than it, lest they be cut.
 ROWS, ROW_WEIGHTS = (192, 256, 320), (1, 2, 4)
 LEAST_FILLED = 0.75
 # A statement's tokens; begin and end of text.
