@@ -143,7 +143,7 @@ Break = Callable[[list[subprocess.Popen], Path], None]
 
 def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None) -> Life:
     """Disturbs a start of the command, and waits for its end."""
-    metrics = Metrics(workdir)
+    metrics, checkpoint = Metrics(workdir), newest(workdir)
     if disturb:
         disturb(children, workdir)
     while all(child.poll() is None for child in children):
@@ -163,8 +163,9 @@ def live(children: list[subprocess.Popen], workdir: Path, disturb: Break | None)
     lines = [text.strip().splitlines() or [""] for text in texts]
     errors = [[line for line in of_one if line.startswith("error: ")] for of_one in lines]
     last_lines = [(e or of_one)[-1] for e, of_one in zip(errors, lines, strict=True)]
+    # A kill may come between the opening of the run and the line that says where it goes on.
     return Life([child.returncode for child in children], last_lines,
-                int(began[1]) if began else 0, metrics.step())  # fmt: skip
+                int(began[1]) if began else checkpoint, metrics.step())  # fmt: skip
 
 
 def supervise(
