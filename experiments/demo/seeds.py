@@ -15,11 +15,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo import train
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.launching.experiment import WorkUnit
 from llama3_jax.recipe.gate import GateLog
+from llama3_jax.training.metrics import GATES_FILE
 
 SEEDS = range(1, 5)
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
@@ -30,12 +30,12 @@ def sweep(directory: str = "runs/demo") -> list[WorkUnit]:
     arguments = {f"seed-{seed}": (directory, {"seed": seed}) for seed in SEEDS}
     arguments["without-recall"] = (f"{directory},without_recall", {})
     return [
-        WorkUnit(name=name, argument=argument, overrides=overrides, environment=ENVIRONMENT)
+        WorkUnit(
+            name=name, config="experiments/demo/train.py", argument=argument, overrides=overrides,
+            environment=ENVIRONMENT,
+        )
         for name, (argument, overrides) in arguments.items()
-    ]
-
-
-get_config = train.get_config
+    ]  # fmt: skip
 
 
 def verdicts(experiment: Path) -> Table:
@@ -47,7 +47,7 @@ def verdicts(experiment: Path) -> Table:
     table = Table(title="Verdicts")
     for column in ("run", "length", "verdicts", "the last", "needles by verdict"):
         table.add_column(column)
-    for run in sorted(path.parent for path in experiment.glob("*/gates.jsonl")):
+    for run in sorted(path.parent for path in experiment.glob(f"*/{GATES_FILE}")):
         records = GateLog(run).verdict_records
         for length, group in itertools.groupby(records, key=lambda record: record["length"]):
             of_gate = list(group)

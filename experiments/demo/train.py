@@ -9,7 +9,7 @@ Llama 3 in miniature: length and batch ramp up; three increases of length; annea
 with math and code up-sampled, and the average of four checkpoints. Synthetic key-value documents
 (experiments/demo/recall.py) are in the mix, so that needles can be found: each increase waits behind
 the gate. `runs/demo,without_recall` leaves them out, and the gate stops that run;
-experiments/demo/seeds.py tries both with other seeds. Size and tokens are those that the demo's
+experiments/demo/seeds.py tries that, and other seeds. Size and tokens are those that the demo's
 scaling-law ladder chose (experiments/demo/ladder.py), where it has run.
 """
 

@@ -11,9 +11,9 @@ import regex
 
 # Scripts that put no spaces between words, for a pattern's brackets.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_SIGNS = r"[\p{L}\p{M}\p{N}]"
+_LETTERS = r"[\p{L}\p{M}\p{N}]"
 # Scripts have symbols, too: a radical of a dictionary's index is Han, and no word.
-_WORD = rf"[{_SIGNS}&&[{UNSPACED}]]|[{_SIGNS}--[{UNSPACED}]]+"
+_WORD = rf"[{_LETTERS}&&[{UNSPACED}]]|[{_LETTERS}--[{UNSPACED}]]+"
 _WORDS = regex.compile(f"(?V1){_WORD}")
 _PIECES = regex.compile(rf"(?V1){_WORD}|[^\s\p{{C}}]")
 # The same for text that is ASCII, at twice the speed.

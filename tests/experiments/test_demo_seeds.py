@@ -1,7 +1,7 @@
 import pytest
 from rich.console import Console
 
-from experiments.demo import seeds
+from experiments.demo import seeds, train
 from llama3_jax.errors import UserError
 from llama3_jax.recipe.gate import GateLog
 
@@ -33,5 +33,6 @@ def test_a_directory_without_verdicts_is_named(tmp_path):
 def test_the_sweep_is_four_seeds_and_one_that_must_fail():
     units = seeds.sweep("there")
     assert [unit.overrides.get("seed") for unit in units] == [1, 2, 3, 4, None]
+    assert {unit.config for unit in units} == {"experiments/demo/train.py"}
     assert units[-1].argument == "there,without_recall"
-    assert seeds.get_config("there,without_recall").stages[3].mix.get("recall_far") == 0
+    assert train.get_config("there,without_recall").stages[3].mix.get("recall_far") == 0
