@@ -10,7 +10,7 @@ The vocabulary may lie split over ranks, which then exchange one maximum, one su
 logit a token, never logits (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 
 Shapes: N tokens, C tokens of a chunk, M model dim, V vocabulary entries of this rank, W tiles of the
-vocabulary, each of `width` entries.
+vocabulary.
 """
 
 import functools
@@ -189,26 +189,25 @@ class Tiles(NamedTuple):
 
 
 class Chunks(Protocol):
-    """How a chunk's tiles are computed; hashable."""
+    """How a chunk's tiles and their gradient are computed; hashable."""
 
     @property
     def rows(self) -> int | None:
         """Tokens of a chunk; None: as many as CHUNK_BYTES hold."""
 
-    @property
-    def width(self) -> int | None:
-        """Entries of a tile; None: all."""
-
     def tiles(self, x_CM, head_MV, own_C, live, with_exponentials: bool) -> Tiles:
         """`own_C` are the targets as this rank counts them (some may lie outside of it); rows from
         `live` on may be anything."""
+
+    def dlogits(self, exponentials_CV, scale_CW, own_C, live) -> Float[Array, "C V"]:
+        """Probabilities (exponentials times the scale of their tile) less the target's one, in the
+        exponentials' dtype; zero in rows from `live` on, whatever they hold."""
 
 
 class Plain(NamedTuple):
     """In plain JAX, the vocabulary as one tile."""
 
     rows: int | None = None
-    width: int | None = None
 
     def tiles(self, x_CM, head_MV, own_C, live, with_exponentials: bool) -> Tiles:
         logits_CV = jnp.matmul(x_CM, head_MV, preferred_element_type=jnp.float32)
@@ -218,6 +217,13 @@ class Plain(NamedTuple):
         target_C = jnp.where(columns == own_C[:, None], logits_CV, 0.0).sum(-1)
         kept = exponentials_CV.astype(x_CM.dtype) if with_exponentials else None
         return Tiles(kept, largest_C1, exponentials_CV.sum(-1, keepdims=True), target_C)
+
+    def dlogits(self, exponentials_CV, scale_C1, own_C, live) -> Float[Array, "C V"]:
+        columns = jax.lax.broadcasted_iota(jnp.int32, exponentials_CV.shape, 1)
+        target_CV = columns == own_C[:, None]
+        dlogits_CV = exponentials_CV.astype(jnp.float32) * scale_C1 - target_CV
+        counts_C1 = jnp.arange(len(own_C))[:, None] < live
+        return jnp.where(counts_C1, dlogits_CV, 0.0).astype(exponentials_CV.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -239,8 +245,7 @@ def _in_chunks_forward(how, hidden_NM, head_MV, targets_N, mask_N, vocabulary):
 
 def _in_chunks_backward(how, vocabulary, saved, cotangents):
     g, _ = cotangents
-    dhidden_NM, dhead_MV = saved
-    return (dhidden_NM * g).astype(dhidden_NM.dtype), dhead_MV * g, None, None
+    return *((x * g).astype(x.dtype) for x in saved), None, None
 
 
 in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
@@ -273,7 +278,7 @@ def _run(how: Chunks, hidden_NM, head_MV, targets_N, mask_N, vocabulary, differe
         losses = jax.lax.dynamic_update_slice_in_dim(losses, loss_C, at, 0)
         if differentiated:
             scale_CW = jnp.exp(tiles.largest - logsumexp_C[:, None])
-            dlogits_CV = _dlogits(tiles.exponentials, scale_CW, own_C, counts_C, how.width or V)
+            dlogits_CV = how.dlogits(tiles.exponentials, scale_CW, own_C, live - at)
             dx_CM = jnp.matmul(dlogits_CV, weight_MV.T)
             dx = jax.lax.dynamic_update_slice_in_dim(dx, dx_CM, at, 0)
             dhead_MV += jnp.matmul(x_CM.T, dlogits_CV, preferred_element_type=jnp.float32)
@@ -290,16 +295,6 @@ def _run(how: Chunks, hidden_NM, head_MV, targets_N, mask_N, vocabulary, differe
         return (jnp.sum(losses_N), losses_N), None
     dhidden_NM = jnp.zeros_like(hidden_NM).at[order_N].set(dx[:N], unique_indices=True)
     return (jnp.sum(losses_N), losses_N), (dhidden_NM, dhead_MV.astype(head_MV.dtype))
-
-
-def _dlogits(exponentials_CV, scale_CW, own_C, counts_C, width: int) -> Float[Array, "C V"]:
-    """Probabilities less the target's one; zero in rows that do not count, whatever they hold."""
-    V = exponentials_CV.shape[1]
-    scale_CV = jnp.repeat(scale_CW, width, axis=1)[:, :V]
-    columns = jax.lax.broadcasted_iota(jnp.int32, exponentials_CV.shape, 1)
-    target_CV = columns == own_C[:, None]
-    dlogits_CV = exponentials_CV.astype(jnp.float32) * scale_CV - target_CV
-    return jnp.where(counts_C[:, None], dlogits_CV, 0.0).astype(exponentials_CV.dtype)
 
 
 def _rows_of_a_chunk(vocabulary_size: int, dtype) -> int:

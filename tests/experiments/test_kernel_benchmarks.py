@@ -41,6 +41,15 @@ def test_compile_only_prints_what_a_kernel_takes(tmp_path):
     assert done.stdout.count("flash_forward: ") == 4 and " NO " not in done.stdout
 
 
+def test_the_loss_takes_under_a_tenth_of_xlas_memory(tmp_path):
+    done = run("loss_memory", "--tokens=8192", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("│ \n").split("│") for line in done.stdout.splitlines() if "│" in line]
+    share = {(row[0].strip(), row[1].strip()): float(row[3]) for row in rows}
+    assert len(share) == 6 and share["bfloat16", "XLA"] == 1
+    assert share["bfloat16", "ours"] < 0.1
+
+
 def test_documents_fill_rows_and_their_pairs_are_counted():
     random = np.random.default_rng()
     lengths = gpu.document_lengths(50_000, 1536, random)

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -68,11 +68,12 @@ def triton_call(
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int,
+    in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
     """Launches `kernel(*inputs, *outputs, **constants)` once for each point of `grid`.
 
-    Outputs start uninitialised.
+    Outputs start uninitialised; but those of `in_place` {input: output} lie where the input does.
 
     Raises:
       UserError: jax-triton is missing, or (when compiled) the platform is not CUDA.
@@ -84,7 +85,8 @@ def triton_call(
     if _INTERPRET.get():
 
         def on_host(*arrays):
-            return _interpret(kernel, [np.asarray(x) for x in arrays], outputs, grid, constants)
+            arrays = [np.asarray(x) for x in arrays]
+            return _interpret(kernel, arrays, outputs, grid, in_place or {}, constants)
 
         return jax.pure_callback(on_host, list(outputs), *inputs)
     jax_triton = _jax_triton()
@@ -94,7 +96,8 @@ def triton_call(
     capability = None if jax.default_backend() == "gpu" else HOPPER
     return jax_triton.triton_call(
         *inputs, kernel=kernel, grid=grid, num_warps=num_warps, num_stages=num_stages,
-        compute_capability=capability, **shapes, **constants,
+        compute_capability=capability, input_output_aliases=dict(in_place or {}), **shapes,
+        **constants,
     )  # fmt: skip
 
 
@@ -150,11 +153,15 @@ class _Memory:
     size = stride = storage_offset
 
 
-def _interpret(kernel, inputs, outputs, grid, constants) -> list[np.ndarray]:
+def _interpret(kernel, inputs, outputs, grid, in_place, constants) -> list[np.ndarray]:
     results = [np.empty(x.shape, x.dtype) for x in outputs]
     for result in results:
         # What a kernel forgets to write is then seen.
         result.fill(np.nan if result.dtype.kind not in "biu" else 85)
+    inputs = list(inputs)
+    for source, result in in_place.items():
+        results[result][...] = inputs[source]
+        inputs[source] = results[result]
     arguments = [_Memory(np.ascontiguousarray(x)) for x in [*inputs, *results]]
     with _interpreter_lock, _interpreted_calls(), np.errstate(all="ignore"):
         interpreter.InterpretedFunction(kernel.fn)[grid](*arguments, **constants)

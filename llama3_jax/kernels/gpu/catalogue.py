@@ -40,16 +40,21 @@ def entries() -> Iterator[Entry]:
     for kernel, rows in table()["kernels"].items():
         for row, sizes in rows.items():
             yield entry(kernel, row, Blocks(**sizes))
+    for row, sizes in table()["kernels"]["cross_entropy"].items():
+        launches = _launches("dlogits", _cross_entropy(row, Blocks(**sizes)))
+        yield Entry("dlogits", row, None, launches)
     for width in WIDTHS:
         yield _pointwise(width)
 
 
 def entry(kernel: str, row: str, blocks: Blocks) -> Entry:
     """As the table's row, but with these sizes."""
-    problem = PROBLEMS[kernel](row, blocks)
+    return Entry(kernel, row, blocks, _launches(kernel, PROBLEMS[kernel](row, blocks)))
+
+
+def _launches(kernel: str, problem: Problem) -> tuple[Launch, ...]:
     launches = launches_of(problem.function, *problem.shapes)
-    own = (x for x in launches if x.kernel is _KERNELS[kernel])
-    return Entry(kernel, row, blocks, tuple(dict.fromkeys(own)))
+    return tuple(dict.fromkeys(x for x in launches if x.kernel is _KERNELS[kernel]))
 
 
 def _shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -110,6 +115,7 @@ _KERNELS = {
     "flash_keys": flash_attention._keys_kernel,
     "flash_queries": flash_attention._queries_kernel,
     "cross_entropy": cross_entropy._tile_kernel,
+    "dlogits": cross_entropy._dlogits_kernel,
 }
 PROBLEMS: dict[str, Callable[[str, Blocks], Problem]] = {
     **{f"flash_{name}": functools.partial(_flash, name) for name in ("forward", "keys", "queries")},

@@ -21,6 +21,8 @@ from llama3_jax.kernels.gpu.tuning import Blocks, blocks_for
 
 # Rows of tiles that go over the vocabulary together, so that the head's columns stay in the cache.
 _GROUP = 8
+# Entries of a program that turns exponentials into gradients, bound by memory.
+_COLUMNS = 4096
 
 
 def linear_cross_entropy(
@@ -82,6 +84,23 @@ def _tile_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def _dlogits_kernel(
+    exponentials_ptr, scale_ptr, own_ptr, live_ptr, dlogits_ptr,
+    V: tl.constexpr, W: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    counts = row < tl.load(live_ptr)
+    at = row.to(tl.int64) * V + columns
+    inside = columns < V
+    exponentials = tl.load(exponentials_ptr + at, mask=inside & counts, other=0.0)
+    scale = tl.load(scale_ptr + row * W + columns // N, mask=inside & counts, other=0.0)
+    target = counts & (columns == tl.load(own_ptr + row))
+    dlogits = exponentials.to(tl.float32) * scale - tl.where(target, 1.0, 0.0)
+    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
 class InTiles(NamedTuple):
     """The kernel's sizes: tiles of blocks.M tokens by blocks.N entries, `depth` of the model dim at
     a time, `rows` tokens of a chunk."""
@@ -89,10 +108,6 @@ class InTiles(NamedTuple):
     blocks: Blocks
     depth: int = 64
     rows: int | None = None
-
-    @property
-    def width(self) -> int:
-        return self.blocks.N
 
     def tiles(self, x_CM, head_MV, own_C, live, with_exponentials: bool) -> Tiles:
         (C, M), V = x_CM.shape, head_MV.shape[1]
@@ -109,3 +124,18 @@ class InTiles(NamedTuple):
             PRECISION="ieee" if x_CM.dtype == jnp.float32 else "tf32",
         )  # fmt: skip
         return Tiles(exponentials if with_exponentials else None, largest, total, target.sum(-1))
+
+    def dlogits(self, exponentials_CV, scale_CW, own_C, live):
+        """In the exponentials' place: a second array of a chunk's size would double the memory."""
+        (C, V), W = exponentials_CV.shape, scale_CW.shape[1]
+        (dlogits_CV,) = triton_call(
+            _dlogits_kernel,
+            [exponentials_CV, scale_CW, own_C, live.astype(jnp.int32).reshape(1)],
+            [jax.ShapeDtypeStruct((C, V), exponentials_CV.dtype)],
+            grid=(C, triton.cdiv(V, _COLUMNS)),
+            num_warps=8,
+            num_stages=1,
+            in_place={0: 0},
+            V=V, W=W, N=self.blocks.N, BLOCK=_COLUMNS,
+        )  # fmt: skip
+        return dlogits_CV
