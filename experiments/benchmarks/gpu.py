@@ -1,20 +1,26 @@
 """What the GPU benchmarks share: the chip's ceilings, timing in interleaved rounds, results on disk.
 
+A GPU is lent by the minute, so each benchmark can be rehearsed without one (`--rehearse`): every line
+runs at toy sizes, kernels in Triton's interpreter and torch on the CPU, values are compared, and the
+times mean nothing.
+
 Set `XLA_PYTHON_CLIENT_PREALLOCATE=false` before jax is imported where torch runs in the same process.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
@@ -22,40 +28,119 @@ from llama3_jax.files import write_json
 RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "nvidia-cudnn-cu13", "flax")
 
+# Set by `machine` alone.
+_rehearsing = False
 
-def require_gpu(instead: str) -> None:
-    """
+
+def define_flags() -> None:
+    flags.DEFINE_bool(
+        "rehearse", False,
+        "Without a GPU: run every line at toy sizes, kernels interpreted, torch on the CPU. Times "
+        "mean nothing.",
+    )  # fmt: skip
+    flags.DEFINE_string("results", None, "Folder of the results; by default beside the benchmarks, "
+                        "of a rehearsal one that goes with it.")  # fmt: skip
+
+
+def rehearsing() -> bool:
+    return _rehearsing
+
+
+@contextlib.contextmanager
+def machine(instead: str) -> Iterator[None]:
+    """What is measured runs inside: on a GPU, or, with --rehearse, on the CPU.
+
     Raises:
-      UserError: jax finds no GPU; `instead` says what works without one.
+      UserError: jax finds no GPU; `instead` says what else works without one.
     """
-    if jax.default_backend() != "gpu":
-        raise UserError(
-            f"this measures an NVIDIA GPU, and jax finds none (it runs on "
-            f"{jax.default_backend()}); {instead}"
-        )
+    global _rehearsing
+    if not flags.FLAGS.rehearse:
+        if jax.default_backend() != "gpu":
+            raise UserError(
+                f"this measures an NVIDIA GPU, and jax finds none (it runs on "
+                f"{jax.default_backend()}); without one: --rehearse, or {instead}"
+            )
+        yield
+        return
+    if jax.default_backend() == "gpu":
+        raise UserError("--rehearse is for machines without a GPU; here is one: leave it out")
+    from llama3_jax.kernels.gpu.call import interpreted
+
+    _rehearsing = True
+    try:
+        with interpreted():
+            yield
+    finally:
+        _rehearsing = False
+
+
+def results_folder() -> Path | None:
+    """Where results are written; None: nowhere, of a rehearsal without a folder of its own."""
+    if flags.FLAGS.results:
+        return Path(flags.FLAGS.results)
+    return None if _rehearsing else RESULTS
 
 
 class Contender(NamedTuple):
-    """`start` puts one run on the device's queue, `wait` blocks until it is through."""
+    """`start` puts one run on the device's queue, `wait` blocks until it is through; `results` makes
+    of it arrays that equal the other contenders' (None: it computes something else)."""
 
     name: str
     start: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
+    results: Callable[[Any], list[Any]] | None = jax.tree.leaves
 
 
 def has_torch() -> bool:
-    """Whether torch is here and sees a GPU."""
+    """Whether torch is here and sees a GPU (in a rehearsal it needs none)."""
     if not importlib.util.find_spec("torch"):
         return False
     import torch
 
-    return torch.cuda.is_available()
+    return _rehearsing or torch.cuda.is_available()
 
 
-def torch_contender(name: str, start: Callable[[], Any]) -> Contender:
+def torch_device() -> str:
+    return "cpu" if _rehearsing else "cuda"
+
+
+def torch_compile(function: Callable) -> Callable:
+    """Compiled; in a rehearsal as it is, for the CPU's compiler lacks FlexAttention's gradient."""
     import torch
 
-    return Contender(name, start, lambda _: torch.cuda.synchronize())
+    return function if _rehearsing else torch.compile(function)
+
+
+def torch_contender(name: str, start: Callable[[], Any], results=None) -> Contender:
+    import torch
+
+    wait = (lambda _: None) if _rehearsing else (lambda _: torch.cuda.synchronize())
+    return Contender(name, start, wait, results)
+
+
+def compare(contenders: list[Contender], tolerance: float, least: int = 2) -> None:
+    """The results of all contenders that have some, against those of the first.
+
+    The largest difference counts, as a share of the first's largest value.
+
+    Raises:
+      UserError: they differ by more than the tolerance; or fewer than `least` can be compared.
+    """
+    able = [contender for contender in contenders if contender.results]
+    if len(able) < least:
+        raise UserError(f"{contenders[0].name}: nothing to compare its results with")
+    kept: list[np.ndarray] = []
+    for contender in able:
+        result = contender.start()
+        contender.wait(result)
+        arrays = [np.asarray(x, np.float32) for x in contender.results(result)]
+        kept = kept or arrays
+        for ours, other in zip(kept, arrays, strict=True):
+            error = np.abs(ours - other).max() / max(np.abs(ours).max(), 1e-9)
+            if not error <= tolerance:
+                raise UserError(
+                    f"{able[0].name} and {contender.name} differ by {error:.3g} of the largest value"
+                )
 
 
 def seconds(
@@ -73,6 +158,8 @@ def seconds(
         contender.wait(result)
         return (time.perf_counter() - start) / times
 
+    if _rehearsing:
+        rounds, least_seconds = 2, 0.0
     times = {}
     for contender in contenders:
         run(contender, 2)  # compiles
@@ -86,10 +173,10 @@ def seconds(
 
 def ceilings() -> dict[str, float]:
     """What this chip does at most: TFLOP/s of an 8192^3 bfloat16 product, GB/s of a copy."""
-    size = 8192
+    size, length = (64, 2**10) if _rehearsing else (8192, 2**29)
     x = jnp.ones((size, size), jnp.bfloat16)
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    big = jnp.ones(2**29, jnp.bfloat16)
+    big = jnp.ones(length, jnp.bfloat16)
     taken = seconds(
         [Contender("product", lambda: product(x, x)), Contender("copy", lambda: copy(big))]
     )
@@ -129,11 +216,14 @@ def about() -> dict[str, Any]:
     )
 
 
-def save(name: str, results: dict[str, Any]) -> Path:
-    """Writes results/NAME_CHIP_DATE.json."""
+def save(name: str, results: dict[str, Any]) -> str:
+    """Writes NAME_CHIP_DATE.json into the results' folder; returns where, to be printed."""
     header = about()
     chip = "".join(c if c.isalnum() else "-" for c in header["chip"]).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{chip}_{header['date'][:10]}.json"
-    write_json(path, header | results)
-    return path
+    folder = results_folder()
+    if folder is None:
+        return "nowhere: this is a rehearsal"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}_{chip}_{header['date'][:10]}.json"
+    write_json(path, header | dict(rehearsal=_rehearsing) | results)
+    return str(path)

@@ -1,6 +1,7 @@
 """RMSNorm with its residual sum, RoPE and SwiGLU in Triton against XLA's fusions, on an NVIDIA GPU.
 
     python -m experiments.benchmarks.pointwise
+    python -m experiments.benchmarks.pointwise --rehearse     # no GPU: every line at toy sizes
 
 At the widths of the 8B model on 16,384 tokens in bfloat16, forward and forward with backward. These
 operations are bound by memory: GB/s count each input and each result once, and the share is of what
@@ -21,7 +22,6 @@ from rich.table import Table
 
 from experiments.benchmarks import gpu
 from llama3_jax import cli
-from llama3_jax.errors import UserError
 from llama3_jax.kernels import pointwise
 
 BATCH, LENGTH, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 8192, 4096, 32, 8, 128, 14_336
@@ -71,6 +71,11 @@ class Operation(NamedTuple):
         return sum(x.size * x.dtype.itemsize for x in moved)
 
 
+def tokens() -> tuple[int, int]:
+    """Rows and their length."""
+    return (1, 4) if gpu.rehearsing() else (BATCH, LENGTH)
+
+
 def operations(batch: int = BATCH, length: int = LENGTH) -> list[Operation]:
     def struct(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -97,30 +102,18 @@ def operations(batch: int = BATCH, length: int = LENGTH) -> list[Operation]:
     ]  # fmt: skip
 
 
-def check(operation: Operation, what: str) -> None:
-    """
+def measure(operation: Operation, what: str, rounds: int, ceiling: float) -> list[dict[str, Any]]:
+    """A row for each contender: GB/s, share of a copy, XLA's time over ours by round.
+
     Raises:
       UserError: the kernel's results differ from the definition's by more than rounding.
     """
-    inputs = operation.arrays()
-    both = [
-        jax.tree.leaves(jax.jit(operation.function(how, what))(*inputs))
-        for how in ("triton", "reference")
-    ]
-    for ours, reference in zip(*both, strict=True):
-        ours, reference = (np.asarray(v, np.float32) for v in (ours, reference))
-        error = np.abs(ours - reference).max() / max(np.abs(reference).max(), 1e-9)
-        if not error < TOLERANCE:
-            raise UserError(f"{operation.name}, {what}: ours is off by {error:.3g} of the largest")
-
-
-def measure(operation: Operation, what: str, rounds: int, ceiling: float) -> list[dict[str, Any]]:
-    """A row for each contender: GB/s, share of a copy, XLA's time over ours by round."""
     inputs = operation.arrays()
     contenders = []
     for name, how in (("ours", "triton"), ("XLA", "reference")):
         compiled = jax.jit(operation.function(how, what))
         contenders.append(gpu.Contender(name, lambda run=compiled: run(*inputs)))
+    gpu.compare(contenders, TOLERANCE)
     taken, rows = gpu.seconds(contenders, rounds), []
     for name, times in taken.items():
         ratios = np.divide(times, taken["ours"])
@@ -135,7 +128,7 @@ def measure(operation: Operation, what: str, rounds: int, ceiling: float) -> lis
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{BATCH} x {LENGTH:,} tokens, bfloat16")
+    table = Table(title="{} x {:,} tokens, bfloat16".format(*tokens()))
     for column in ("operation", "", "contender"):
         table.add_column(column)
     for column in ("ms", "GB/s", "of a copy", "speed, ours over it"):
@@ -151,18 +144,20 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(_) -> int:
-    gpu.require_gpu("the kernels' sizes and spills are printed by kernels.py --compile_only")
-    ceiling, rows = gpu.ceilings(), []
-    for operation in operations():
-        for what in (FORWARD, BOTH):
-            check(operation, what)
-            rows += measure(operation, what, FLAGS.rounds, ceiling["gb_per_s"])
-            # After each case, so that a failure loses nothing.
-            gpu.save("pointwise", dict(ceilings=ceiling, rounds=FLAGS.rounds, results=rows))
-    Console(width=120).print(table_of(rows))
+    with gpu.machine("kernels.py --compile_only, which prints the kernels' registers and spills"):
+        ceiling, rows, written = gpu.ceilings(), [], ""
+        for operation in operations(*tokens()):
+            for what in (FORWARD, BOTH):
+                rows += measure(operation, what, FLAGS.rounds, ceiling["gb_per_s"])
+                results = dict(ceilings=ceiling, rounds=FLAGS.rounds, results=rows)
+                # After each case, so that a failure loses nothing.
+                written = gpu.save("pointwise", results)
+        Console(width=120).print(table_of(rows))
+        print(f"written: {written}")
     return 0
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 7, "Measured rounds.", lower_bound=2)
+    gpu.define_flags()
     cli.run(main)

@@ -2,17 +2,22 @@
 
     python -m experiments.benchmarks.step_h100                # as many layers as fit, ours and torch's
     python -m experiments.benchmarks.step_h100 --layers=2 --attention=cudnn --loss=chunked
+    python -m experiments.benchmarks.step_h100 --variant=norm=triton --variant=swiglu=triton
+    python -m experiments.benchmarks.step_h100 --rehearse     # no GPU: every line at toy sizes
 
 The width is the 8B model's (dim 4096, 32/8 heads, vocabulary 128,256), one row of 8,192 tokens of
 packed documents of 1.5K tokens on average, bfloat16 products, AdamW in float32. Ours is
 `llama3_jax.training.step.compile_step` as a run uses it. Torch's is the same network written with
 its own layers under `torch.compile`, FlexAttention with the compiled document mask, fused AdamW,
-float32 parameters under bfloat16 autocast.
+float32 parameters under bfloat16 autocast. In a rehearsal torch's attention is its dense one, for
+FlexAttention has no gradient on a CPU, and nothing of torch is compiled.
 
 Layers: the most for which the compiler's own account of memory stays under the device's, with a
-tenth to spare; fewer where torch, which keeps all activations, runs out of memory with as many. Each side is timed alone in a process of its own, because
-neither fits beside the other, ours and torch's in turn (`--rounds`); ratios are of neighbours.
-MFU is against the data sheet's peak, by the three accountings of `model/flops.py`.
+tenth to spare; fewer where torch, which keeps all activations, runs out of memory with as many. Each
+side is timed alone in a process of its own, because neither fits beside the other, ours and torch's
+in turn (`--rounds`); ratios are of neighbours. MFU is against the data sheet's peak, by the three
+accountings of `model/flops.py`. A variant is ours with one choice changed, a side of its own: what a
+kernel gains in a step, where XLA may fuse what it replaces with its neighbours.
 """
 
 import json
@@ -20,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +45,7 @@ from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import abstract_canonical, compile_step, init_state
 
-LENGTH, MEAN_DOCUMENT, LEARNING_RATE = 8192, 1536, 1e-4
+LEARNING_RATE = 1e-4
 OURS, TORCH = SIDES = ("ours", "torch")
 WARM_UP, STEPS = 3, 10
 SPARE = 0.1
@@ -49,16 +54,31 @@ OUT_OF_MEMORY = 4
 FLAGS = flags.FLAGS
 
 
+class Sizes(NamedTuple):
+    """Tokens of the row and of its documents, and what of the 8B model is replaced."""
+
+    length: int = 8192
+    mean_document: int = 1536
+    model: dict[str, int] = {}
+
+
+_TOY = Sizes(96, 24, dict(dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=128, vocab_size=300))
+
+
+def sizes() -> Sizes:
+    return _TOY if gpu.rehearsing() else Sizes()
+
+
 def documents() -> list[int]:
-    return gpu.document_lengths(LENGTH, MEAN_DOCUMENT, np.random.default_rng(0))
+    return gpu.document_lengths(sizes().length, sizes().mean_document, np.random.default_rng(0))
 
 
 def make_batch(vocabulary: int) -> dict[str, np.ndarray]:
     """One packed row; a document's last token predicts nothing."""
-    lengths = documents()
-    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, LENGTH + 1), dtype=np.int32)
+    lengths, length = documents(), sizes().length
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, length + 1), dtype=np.int32)
     positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
-    mask = np.ones((1, LENGTH), bool)
+    mask = np.ones((1, length), bool)
     mask[0, np.cumsum(lengths) - 1] = False
     return dict(
         tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=positions,
@@ -69,7 +89,7 @@ def make_batch(vocabulary: int) -> dict[str, np.ndarray]:
 
 def model_config(layers: int, **changes: Any) -> ModelConfig:
     """The 8B model with fewer layers."""
-    return preset("8B", layers=layers, **changes)
+    return preset("8B", layers=layers, **(sizes().model | changes))
 
 
 def compiled_step(config: ModelConfig):
@@ -113,7 +133,8 @@ def our_side(config: ModelConfig) -> dict[str, Any]:
         state, metrics = compiled(state, batch, rate)
         losses.append(float(metrics.loss))
         times.append(time.perf_counter() - start)
-    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    # A CPU keeps no such account.
+    peak = 0 if gpu.rehearsing() else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     return dict(
         seconds=times[WARM_UP:],
         losses=losses,
@@ -126,21 +147,29 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
     import torch
     from torch import nn
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    from torch.nn.functional import cross_entropy, silu
+    from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
     H, K, D, M, F = (
         config.heads, config.kv_heads, config.head_dim, config.dim, config.ffn_dim,
     )  # fmt: skip
-    batch = {k: torch.from_numpy(v).cuda() for k, v in make_batch(config.vocab_size).items()}
+    device, length = gpu.torch_device(), sizes().length
+    batch = make_batch(config.vocab_size)
+    batch = {name: torch.from_numpy(array.copy()).to(device) for name, array in batch.items()}
     segments = batch["segment_ids"][0]
 
     def visible(b, h, query, key):
         return (query >= key) & (segments[query] == segments[key])
 
-    mask = create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
-    speeds = config.rope.theta ** (-torch.arange(0, D, 2, device="cuda") / D)
+    mask = create_block_mask(visible, None, None, length, length, device=device)
+    speeds = config.rope.theta ** (-torch.arange(0, D, 2, device=device) / D)
     angles = batch["positions"][0][:, None] * speeds
     cos, sin = angles.cos(), angles.sin()
+
+    def attend(q, k, v):
+        if gpu.rehearsing():
+            seen = visible(0, 0, *torch.meshgrid(*[torch.arange(length)] * 2, indexing="ij"))
+            return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
     def rotate(x):
         first, second = x.float().chunk(2, -1)
@@ -167,10 +196,10 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
             self.down = nn.Linear(F, M, bias=False)
 
         def forward(self, x):
-            qkv = self.qkv(self.norms[0](x)).view(1, LENGTH, H + 2 * K, D).transpose(1, 2)
+            qkv = self.qkv(self.norms[0](x)).view(1, length, H + 2 * K, D).transpose(1, 2)
             q, k, v = qkv.split((H, K, K), 1)
-            attended = flex_attention(rotate(q), rotate(k), v, block_mask=mask, enable_gqa=True)
-            x = x + self.out(attended.transpose(1, 2).reshape(1, LENGTH, H * D))
+            attended = attend(rotate(q), rotate(k), v).transpose(1, 2)
+            x = x + self.out(attended.reshape(1, length, H * D))
             gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
             return x + self.down(silu(gate) * up)
 
@@ -187,10 +216,10 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
             for layer in self.layers:
                 x = layer(x)
             logits = self.head(self.norm(x)).float()
-            return cross_entropy(logits.view(LENGTH, -1), targets.view(-1), ignore_index=-100)
+            return cross_entropy(logits.view(length, -1), targets.view(-1), ignore_index=-100)
 
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         network = Network()
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -198,31 +227,32 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         network.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    compiled = torch.compile(network)
+    compiled = gpu.torch_compile(network)
     targets = torch.where(batch["loss_mask"], batch["targets"].long(), -100)
     losses, times = [], []
     for _ in range(WARM_UP + STEPS):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = compiled(batch["tokens"].long(), targets)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated()
+    peak = 0 if gpu.rehearsing() else torch.cuda.max_memory_allocated()
     return dict(seconds=times[WARM_UP:], losses=losses, peak_bytes=peak, forecast_bytes=None)
 
 
 # ------------------------------------------------------------------------------------------- rounds
 
 
-def run_side(side: str, layers: int) -> dict[str, Any] | None:
+def run_side(side: str, layers: int, changes: dict[str, str]) -> dict[str, Any] | None:
     """A side in a process of its own; None: it ran out of memory."""
-    options = [f"--{name}={FLAGS[name].value}" for name in ("attention", "loss", "remat")]
-    command = [sys.executable, "-m", "experiments.benchmarks.step_h100", f"--side={side}",
-               f"--layers={layers}", *options]  # fmt: skip
+    options = [f"--{name}={value}" for name, value in changes.items()]
+    options += ["--rehearse"] if FLAGS.rehearse else []
+    command = [sys.executable, "-m", "experiments.benchmarks.step_h100",
+               f"--side={TORCH if side == TORCH else OURS}", f"--layers={layers}", *options]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     if done.returncode == OUT_OF_MEMORY:
         return None
@@ -233,12 +263,12 @@ def run_side(side: str, layers: int) -> dict[str, Any] | None:
 
 def utilisation(config: ModelConfig, seconds: float, peak: float) -> dict[str, float]:
     """MFU by each accounting."""
-    flops = training_flops(config, 1, LENGTH, gpu.pairs_of(documents()))
+    flops = training_flops(config, 1, sizes().length, gpu.pairs_of(documents()))
     return {name: flops[name] / seconds / peak for name in ACCOUNTINGS}
 
 
 def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> Table:
-    table = Table(title=f"{config.layers} layers of the 8B width, {LENGTH:,} packed tokens")
+    table = Table(title=f"{config.layers} layers of the 8B width, {sizes().length:,} packed tokens")
     table.add_column("side")
     for column in ("ms/step", "tokens/s", *(f"MFU {a}" for a in ACCOUNTINGS), "peak GB",
                    "forecast GB", "speed, ours over it"):  # fmt: skip
@@ -249,7 +279,7 @@ def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> T
         mfu = utilisation(config, seconds, peak)
         forecast = results[-1]["forecast_bytes"]
         table.add_row(
-            side, f"{1e3 * seconds:.1f}", f"{LENGTH / seconds:,.0f}",
+            side, f"{1e3 * seconds:.1f}", f"{sizes().length / seconds:,.0f}",
             *(f"{mfu[a]:.1%}" for a in ACCOUNTINGS), f"{results[-1]['peak_bytes'] / 1e9:.1f}",
             f"{forecast / 1e9:.1f}" if forecast else "",
             f"{np.median(np.divide(medians[side], medians[OURS])):.2f}",
@@ -259,11 +289,16 @@ def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> T
 
 def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "Layers; by default as many as fit.", lower_bound=1)
-    flags.DEFINE_enum("attention", "triton", list(dispatch.KERNELS["attention"]), "Ours.")
-    flags.DEFINE_enum("loss", "triton", list(dispatch.KERNELS["loss"]), "Ours.")
+    for operation, implementations in dispatch.KERNELS.items():
+        default = "triton" if operation in ("attention", "loss") else "reference"
+        flags.DEFINE_enum(operation, default, list(implementations), "Ours.")
+    flags.DEFINE_multi_string(
+        "variant", [], "OPERATION=IMPLEMENTATION: ours once more, so changed."
+    )
     flags.DEFINE_enum("remat", "save_attention", ["none", "full", "save_attention"], "Ours.")
     flags.DEFINE_integer("rounds", 3, "Times that each side runs.", lower_bound=1)
     flags.DEFINE_enum("side", None, SIDES, "Be this side (the program starts itself).")
+    gpu.define_flags()
 
 
 def layers_of_both(layers: int, run) -> int:
@@ -279,43 +314,72 @@ def layers_of_both(layers: int, run) -> int:
 
 
 def main(_) -> int:
-    gpu.require_gpu("experiments/benchmarks/train_step.py measures a CPU")
-    changes = dict(attention=FLAGS.attention, loss=FLAGS.loss, remat=FLAGS.remat)
-    if FLAGS.side:
-        config = model_config(FLAGS.layers, **changes)
-        if FLAGS.side == OURS:
-            print(json.dumps(our_side(config)))
-            return 0
-        import torch
+    with gpu.machine("experiments/benchmarks/train_step.py, which measures a CPU"):
+        changes = {name: FLAGS[name].value for name in (*dispatch.KERNELS, "remat")}
+        return be_side(changes) if FLAGS.side else measure_sides(changes)
 
-        try:
-            print(json.dumps(torch_side(config)))
-        except torch.OutOfMemoryError:
-            return OUT_OF_MEMORY
+
+def be_side(changes: dict[str, str]) -> int:
+    config = model_config(FLAGS.layers, **changes)
+    if FLAGS.side == OURS:
+        print(json.dumps(our_side(config)))
         return 0
-    limit = (1 - SPARE) * jax.devices()[0].memory_stats()["bytes_limit"]
+    import torch
 
-    def fits(layers: int) -> bool:
-        return needed_bytes(compiled_step(model_config(layers, **changes))[0]) <= limit
+    try:
+        print(json.dumps(torch_side(config)))
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    return 0
 
-    sides = SIDES if gpu.has_torch() else (OURS,)
-    layers = FLAGS.layers or most_layers(fits)
+
+def change(text: str) -> dict[str, str]:
+    """
+    Raises:
+      UserError: it is not OPERATION=IMPLEMENTATION, or there is no such.
+    """
+    operation, _, implementation = text.partition("=")
+    if operation not in dispatch.KERNELS:
+        raise UserError(f"--variant={text}: one of {', '.join(dispatch.KERNELS)} = IMPLEMENTATION")
+    dispatch.resolve(operation, implementation)
+    return {operation: implementation}
+
+
+def memory_limit(needed) -> float:
+    """Bytes to fill; a rehearsal takes what two layers need for the limit."""
+    if gpu.rehearsing():
+        return needed(2)
+    return (1 - SPARE) * jax.devices()[0].memory_stats()["bytes_limit"]
+
+
+def measure_sides(changes: dict[str, str]) -> int:
+    def needed(layers: int) -> int:
+        return needed_bytes(compiled_step(model_config(layers, **changes))[0])
+
+    sides = {OURS: changes, **{f"{OURS}, {text}": changes | change(text) for text in FLAGS.variant}}
+    if gpu.has_torch():
+        sides[TORCH] = changes
+    layers = FLAGS.layers
+    if layers is None:
+        limit = memory_limit(needed)
+        most = 4 if gpu.rehearsing() else 32
+        layers = most_layers(lambda n: needed(n) <= limit, most)
     if TORCH in sides:
-        layers = layers_of_both(layers, run_side)
+        layers = layers_of_both(layers, lambda side, n: run_side(side, n, changes))
     config = model_config(layers, **changes)
     runs: dict[str, list[dict]] = {side: [] for side in sides}
     # This process holds no more of the device than what compiling left, which is little.
     for number in range(FLAGS.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            result = run_side(side, layers)
+            result = run_side(side, layers, sides[side])
             if result is None:
                 raise UserError(f"{side} ran out of memory with {layers} layers")
             runs[side].append(result)
     peak, source = peak_flops()
     Console(width=120).print(table_of(config, runs, peak))
     print(f"kernels: {dispatch.describe(config.kernels())}; MFU against {peak:.4g} ({source})")
-    path = gpu.save("step", dict(layers=layers, changes=changes, peak_flops=peak, runs=runs))
-    print(f"written: {path}")
+    results = dict(layers=layers, changes=changes, peak_flops=peak, runs=runs)
+    print(f"written: {gpu.save('step', results)}")
     return 0
 
 

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks import float64
 from llama3_jax.kernels.attention import Places, attention
 
 # Length, heads, KV heads: one chunk of queries, several, and chunks longer than the shortest.
@@ -26,7 +29,7 @@ def packed_places(random: np.random.Generator, rows: int, length: int) -> Places
 
 
 def float64_attention(q, k, v, places: Places) -> np.ndarray:
-    """An independent reference: a loop over queries and heads in float64."""
+    """A loop over queries and heads, which the tests' and checks' yardstick is held to as well."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     positions, segments = (np.asarray(x) for x in places)
     out = np.zeros_like(q)
@@ -37,6 +40,20 @@ def float64_attention(q, k, v, places: Places) -> np.ndarray:
         weights = np.exp(scores - scores.max())
         out[b, s, h] = weights @ v[b, seen, h // group] / weights.sum()
     return out
+
+
+def test_the_yardstick_is_the_loop_to_float64s_last_digits():
+    random = np.random.default_rng()
+    q = random.normal(size=(2, 50, 6, 16))
+    k, v = random.normal(size=(2, 2, 50, 2, 16))
+    places = packed_places(random, 2, 50)
+    with jax.enable_x64(True):
+        out = np.asarray(float64.attention(q, k, v, places, places))
+    real, expected = np.asarray(places.segments) > 0, float64_attention(q, k, v, places)
+    np.testing.assert_allclose(out[real], expected[real], atol=1e-13, rtol=1e-12)
+    assert (out[~real] == 0).all()
+    with pytest.raises(TypeError, match="float64 is off"):
+        float64.attention(q, k, v, places, places)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -52,24 +69,25 @@ def test_equals_a_float64_loop(implementation, length, heads, kv_heads):
     np.testing.assert_allclose(out[real], expected[real], atol=4e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
-def test_chunked_gradients_equal_those_of_the_reference_in_float64(length, heads, kv_heads):
+def test_gradients_equal_those_in_float64(implementation, length, heads, kv_heads):
     random = np.random.default_rng()
     q, cotangent = random.normal(size=(2, 2, length, heads, 16))
     k, v = random.normal(size=(2, 2, length, kv_heads, 16))
     places = packed_places(random, 2, length)
     cotangent = cotangent * (np.asarray(places.segments) > 0)[:, :, None, None]
 
-    def gradients(implementation, dtype):
+    def gradients(compute, dtype):
         def scalar(q, k, v):
-            out = attention(q, k, v, places, places, implementation)
-            return jnp.sum(out * cotangent.astype(dtype))
+            return jnp.sum(compute(q, k, v, places, places) * cotangent.astype(dtype))
 
-        return jax.grad(scalar, argnums=(0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
+        return jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
 
     with jax.enable_x64(True):
-        expected = gradients("reference", np.float64)
-    for ours, reference in zip(gradients("chunked", np.float32), expected, strict=True):
+        expected = gradients(float64.attention, np.float64)
+    compute = functools.partial(attention, implementation=implementation)
+    for ours, reference in zip(gradients(compute, np.float32), expected, strict=True):
         np.testing.assert_allclose(ours, reference, atol=2e-5, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, against the definition in float64."""
+"""The Triton kernels in the interpreter, against the formulas in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
+from experiments.benchmarks import float64
 from llama3_jax.errors import UserError
-from llama3_jax.kernels.attention import Places, Spans, attention, make_spans, reference
+from llama3_jax.kernels.attention import Places, Spans, attention, make_spans
 from llama3_jax.kernels.gpu.call import interpreted
 from llama3_jax.kernels.gpu.flash_attention import Tuning, flash_attention, query_reach
 from llama3_jax.kernels.gpu.tuning import Blocks
@@ -29,7 +30,7 @@ def places_of(*rows: list[int]) -> Places:
 
 
 def compare(random, places: Places, heads: int, kv_heads: int, head_dim=16, rows=None):
-    """Values and gradients of queries `rows` (None: all) against `reference` in float64."""
+    """Values and gradients of queries `rows` (None: all) against float64."""
     batch, length = places.segments.shape
     queries = places if rows is None else Places(*(x[:, rows] for x in places))
     q, g = random.normal(size=(2, batch, queries.segments.shape[1], heads, head_dim))
@@ -43,7 +44,7 @@ def compare(random, places: Places, heads: int, kv_heads: int, head_dim=16, rows
         return jnp.sum(out * g.astype(np.float32)), (out, logsumexp)
 
     def definition(q, k, v):
-        out = reference(q, k, v, queries, places)
+        out = float64.attention(q, k, v, queries, places)
         return jnp.sum(out * g), out
 
     both = dict(argnums=(0, 1, 2), has_aux=True)
@@ -101,14 +102,14 @@ def test_logsumexp_and_its_gradient():
         return jnp.sum(flash_attention(q, k, v, make_spans(places, places), SMALL)[1] * g)
 
     def definition(q, k):
-        same = places.segments[:, :, None] == places.segments[:, None]
-        seen = same & (places.positions[:, :, None] >= places.positions[:, None])
-        scores = jnp.einsum("bshd,bthd->bhst", q, k) / 4
-        return jnp.sum(jax.nn.logsumexp(scores, axis=-1, where=seen[:, None]) * g)
+        scores = float64.attention_scores(q, k, places, places)
+        return jnp.sum(jax.nn.logsumexp(scores, axis=-1) * g)
 
     with interpreted():
         value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(q, k)
-    expected, expected_gradients = jax.value_and_grad(definition, (0, 1))(q, k)
+    with jax.enable_x64(True):
+        exact = (np.asarray(x, np.float64) for x in (q, k))
+        expected, expected_gradients = jax.value_and_grad(definition, (0, 1))(*exact)
     assert float(value) == pytest.approx(float(expected), rel=1e-5, abs=1e-4)
     for ours, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
@@ -124,7 +125,7 @@ def test_bfloat16_stays_close_to_float64():
         out = jax.jit(lambda *x: attention(*x, places, places, "triton"))(*low)
     assert out.dtype == jnp.bfloat16
     with jax.enable_x64(True):
-        exact = reference(*(np.asarray(x, np.float64) for x in low), places, places)
+        exact = float64.attention(*(np.asarray(x, np.float64) for x in low), places, places)
     real = np.asarray(places.segments) > 0
     np.testing.assert_allclose(np.float64(out)[real], exact[real], atol=0.02)
 

@@ -96,7 +96,7 @@ def store(tmp_path):
     return Store(tmp_path / "root")
 
 
-def until(condition, seconds: float = 90):
+def until(condition, seconds: float = 240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

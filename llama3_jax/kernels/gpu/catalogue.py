@@ -14,8 +14,20 @@ from llama3_jax.kernels.gpu.call import Launch
 from llama3_jax.kernels.gpu.compile import launches_of
 from llama3_jax.kernels.gpu.tuning import Blocks, table
 
-TOKENS, DIM, VOCABULARY, HEADS, KV_HEADS = 8192, 4096, 128_256, 32, 8
 WIDTHS = (4096, 8192, 16_384)
+
+
+class Sizes(NamedTuple):
+    """One row of the 8B model's pre-training."""
+
+    tokens: int = 8192
+    dim: int = 4096
+    vocabulary: int = 128_256
+    heads: int = 32
+    kv_heads: int = 8
+
+
+MODEL = Sizes()
 
 
 class Problem(NamedTuple):
@@ -61,23 +73,26 @@ def _shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def _flash(name: str, row: str, blocks: Blocks) -> Problem:
+def _flash(name: str, row: str, blocks: Blocks, sizes: Sizes = MODEL) -> Problem:
     """Forward and backward of (q, k, v, first, last), one kernel's sizes replaced."""
     head_dim, dtype = row.split()
     tuning = flash_attention.tuning_for(int(head_dim), jnp.dtype(dtype))
     tuning = tuning._replace(**{name: blocks})
 
     def run(q, k, v, first, last):
-        return flash_attention.flash_attention(q, k, v, Spans(first, last), tuning)[0].sum()
+        return flash_attention.flash_attention(q, k, v, Spans(first, last), tuning)[0]
 
-    q = _shape(1, TOKENS, HEADS, int(head_dim), dtype=dtype)
-    k = _shape(1, TOKENS, KV_HEADS, int(head_dim), dtype=dtype)
-    indices = _shape(1, TOKENS, dtype=jnp.int32)
-    function = run if name == "forward" else jax.grad(run, argnums=(0, 1, 2))
+    def total(*arrays):
+        return run(*arrays).astype(jnp.float32).sum()
+
+    q = _shape(1, sizes.tokens, sizes.heads, int(head_dim), dtype=dtype)
+    k = _shape(1, sizes.tokens, sizes.kv_heads, int(head_dim), dtype=dtype)
+    indices = _shape(1, sizes.tokens, dtype=jnp.int32)
+    function = run if name == "forward" else jax.grad(total, argnums=(0, 1, 2))
     return Problem(function, (q, k, k, indices, indices))
 
 
-def _cross_entropy(row: str, blocks: Blocks) -> Problem:
+def _cross_entropy(row: str, blocks: Blocks, sizes: Sizes = MODEL) -> Problem:
     """Losses of (hidden, head, targets, mask), without and with gradients."""
     how = cross_entropy.InTiles(blocks)
 
@@ -88,8 +103,9 @@ def _cross_entropy(row: str, blocks: Blocks) -> Problem:
         return run(*arrays), jax.grad(run, argnums=(0, 1))(*arrays)
 
     shapes = (
-        _shape(TOKENS, DIM, dtype=row), _shape(DIM, VOCABULARY, dtype=jnp.float32),
-        _shape(TOKENS, dtype=jnp.int32), _shape(TOKENS, dtype=jnp.bool_),
+        _shape(sizes.tokens, sizes.dim, dtype=row),
+        _shape(sizes.dim, sizes.vocabulary, dtype=jnp.float32),
+        _shape(sizes.tokens, dtype=jnp.int32), _shape(sizes.tokens, dtype=jnp.bool_),
     )  # fmt: skip
     return Problem(both, shapes)
 
@@ -102,9 +118,10 @@ def _pointwise(width: int) -> Entry:
         results = (total, normed, *alone, *turned, pointwise.swiglu(gate, up))
         return sum(x.astype(jnp.float32).sum() for x in results)
 
-    x, scale = _shape(TOKENS, width), _shape(width, dtype=jnp.float32)
-    q, k = (_shape(1, TOKENS, heads, 128) for heads in (width // 128, KV_HEADS))
-    table, inner = _shape(1, TOKENS, 64, dtype=jnp.float32), _shape(TOKENS, 3 * width)
+    tokens = MODEL.tokens
+    x, scale = _shape(tokens, width), _shape(width, dtype=jnp.float32)
+    q, k = (_shape(1, tokens, heads, 128) for heads in (width // 128, MODEL.kv_heads))
+    table, inner = _shape(1, tokens, 64, dtype=jnp.float32), _shape(tokens, 3 * width)
     gradient = jax.grad(run, argnums=(0, 1, 2, 3, 4, 7, 8))
     launches = launches_of(gradient, x, x, scale, q, k, table, table, inner, inner)
     return Entry("pointwise", f"{width} bfloat16", None, tuple(dict.fromkeys(launches)))
@@ -117,7 +134,7 @@ _KERNELS = {
     "cross_entropy": cross_entropy._tile_kernel,
     "dlogits": cross_entropy._dlogits_kernel,
 }
-PROBLEMS: dict[str, Callable[[str, Blocks], Problem]] = {
+PROBLEMS: dict[str, Callable[..., Problem]] = {
     **{f"flash_{name}": functools.partial(_flash, name) for name in ("forward", "keys", "queries")},
     "cross_entropy": _cross_entropy,
 }
