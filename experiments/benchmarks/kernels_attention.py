@@ -192,7 +192,10 @@ def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Contender]:
     def same_document(b, h, query, key):
         return (query >= key) & (documents[query] == documents[key])
 
-    mask = create_block_mask(same_document, None, None, case.length, case.length, device=device)
+    # Compiled, for otherwise all pairs of a row of 131K tokens lie in memory.
+    mask = gpu.torch_compile(create_block_mask)(
+        same_document, None, None, case.length, case.length, device=device
+    )
     flex = functools.partial(gpu.torch_compile(flex_attention), block_mask=mask, enable_gqa=True)
     sdpa = functools.partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     several = len(case.documents) > 1

@@ -160,7 +160,7 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
     def visible(b, h, query, key):
         return (query >= key) & (segments[query] == segments[key])
 
-    mask = create_block_mask(visible, None, None, length, length, device=device)
+    mask = gpu.torch_compile(create_block_mask)(visible, None, None, length, length, device=device)
     speeds = config.rope.theta ** (-torch.arange(0, D, 2, device=device) / D)
     angles = batch["positions"][0][:, None] * speeds
     cos, sin = angles.cos(), angles.sin()
