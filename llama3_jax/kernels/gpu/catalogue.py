@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llama3_jax.kernels.attention import Spans
-from llama3_jax.kernels.gpu import cross_entropy, flash_attention, pointwise
+from llama3_jax.kernels.gpu import cross_entropy, flash_attention, flash_kernels, pointwise
 from llama3_jax.kernels.gpu.call import Launch
 from llama3_jax.kernels.gpu.compile import launches_of
 from llama3_jax.kernels.gpu.tuning import Blocks, table
@@ -128,9 +128,9 @@ def _pointwise(width: int) -> Entry:
 
 
 _KERNELS = {
-    "flash_forward": flash_attention._forward_kernel,
-    "flash_keys": flash_attention._keys_kernel,
-    "flash_queries": flash_attention._queries_kernel,
+    "flash_forward": flash_kernels.forward_kernel,
+    "flash_keys": flash_kernels.keys_kernel,
+    "flash_queries": flash_kernels.queries_kernel,
     "cross_entropy": cross_entropy._tile_kernel,
     "dlogits": cross_entropy._dlogits_kernel,
 }
