@@ -101,7 +101,8 @@ def _head_inside(case: Case, kept: bool) -> float:
         copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
         inside = tokens * vocabulary * (copies * _F32 + width)
     else:  # a chunk of logits at a time, and the head's gradient at once with them
-        inside = 3 * CHUNK_BYTES + vocabulary * model.dim * _F32
+        chunks = 1 if model.loss == "triton" else 3  # its gradient lies where its logits did
+        inside = chunks * CHUNK_BYTES + vocabulary * model.dim * _F32
     inside += 2 * width * tokens * model.dim
     if _gathers(case, kept):
         inside += vocabulary * model.dim * (width + _F32)
