@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,23 @@ def torch_contender(name: str, start: Callable[[], Any], results=None) -> Conten
     return Contender(name, start, wait, results)
 
 
+def running(contenders: list[Contender]) -> tuple[list[Contender], dict[str, str]]:
+    """Those that run, and why the others do not: a peer that fails is told, and loses nobody's time.
+
+    The first, ours, must run: what it raises is raised.
+    """
+    able, failed = [], {}
+    for contender in contenders:
+        try:
+            contender.wait(contender.start())
+            able.append(contender)
+        except Exception as error:  # each library has its own
+            if contender is contenders[0]:
+                raise
+            failed[contender.name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return able, failed
+
+
 def compare(contenders: list[Contender], tolerance: float, least: int = 2) -> None:
     """The results of all contenders that have some, against those of the first.
 
@@ -216,14 +234,29 @@ def about() -> dict[str, Any]:
     )
 
 
+def _path(name: str, header: dict[str, Any]) -> Path | None:
+    folder = results_folder()
+    chip = "".join(c if c.isalnum() else "-" for c in header["chip"]).strip("-")
+    return folder / f"{name}_{chip}_{header['date'][:10]}.json" if folder else None
+
+
 def save(name: str, results: dict[str, Any]) -> str:
     """Writes NAME_CHIP_DATE.json into the results' folder; returns where, to be printed."""
     header = about()
-    chip = "".join(c if c.isalnum() else "-" for c in header["chip"]).strip("-")
-    folder = results_folder()
-    if folder is None:
+    path = _path(name, header)
+    if path is None:
         return "nowhere: this is a rehearsal"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{chip}_{header['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, header | dict(rehearsal=_rehearsing) | results)
     return str(path)
+
+
+def saved(name: str) -> dict[str, Any]:
+    """What `save` wrote today on this chip with these versions; empty if nothing."""
+    header = about()
+    path = _path(name, header)
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = found["versions"] == header["versions"] and found["rehearsal"] == _rehearsing
+    return found if same else {}

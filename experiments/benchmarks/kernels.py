@@ -72,6 +72,10 @@ def rows_of(
     return rows
 
 
+def same_case(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(row[key] == other[key] for key in ("part", "case", "what"))
+
+
 def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"{rows[0]['case']}, {rows[0]['what']}")
     table.add_column("contender")
@@ -144,17 +148,26 @@ def measure_all(console: Console) -> None:
         f"{jax.devices()[0].device_kind}: {ceiling['tflops']:.0f} TFLOP/s in a product, "
         f"{ceiling['gb_per_s']:.0f} GB/s in a copy"
     )
-    results: list[dict[str, Any]] = []
+    # A day's calls, each of some parts or lengths, fill one file.
+    before = gpu.saved("kernels")
+    results: list[dict[str, Any]] = before.get("results", [])
+    failures: list[dict[str, Any]] = before.get("failures", [])
 
     def measure(part, case, what, contenders, memory=None):
+        contenders, failed = gpu.running(contenders)
+        for name, why in failed.items():
+            console.print(f"{case.name}, {what}: no figure of {name}, which failed: {why}")
+            failures.append(dict(part=part, case=case.name, what=what, contender=name, why=why))
         # The products have no rival: they are XLA's in every contender.
         gpu.compare(contenders, TOLERANCE, least=0 if part == "products" else 2)
         taken = gpu.seconds(contenders, FLAGS.rounds)
         rows = rows_of(part, case, what, taken, ceiling, memory)
         console.print(table_of(rows))
-        results.extend(rows)
+        results[:] = [row for row in results if not same_case(row, rows[0])] + rows
         # After each case, so that a failure loses nothing.
-        return gpu.save("kernels", dict(ceilings=ceiling, rounds=FLAGS.rounds, results=results))
+        return gpu.save("kernels", dict(
+            ceilings=ceiling, rounds=FLAGS.rounds, results=results, failures=failures
+        ))  # fmt: skip
 
     written = ""
     for part in FLAGS.only:

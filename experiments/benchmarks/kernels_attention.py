@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
     kv_heads: int = 8
     head_dim: int = 128
     mean_document: int = 1536
-    lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
+    lengths: tuple[int, ...] = (8192, 32_768, 131_072, 2048)  # what matters most first
 
 
 _TOY = Sizes(4, 2, 64, 40, (150,))

@@ -141,6 +141,16 @@ def test_attentions_contenders_agree_and_one_that_does_not_is_named(number, rehe
         gpu.compare([jax_ones[0], wrong._replace(results=None)], 0.03)
 
 
+def test_a_peer_that_fails_is_told_and_ours_must_run():
+    def fails():
+        raise NotImplementedError("no such mask")
+
+    ours, bad = gpu.Contender("ours", lambda: 1, lambda _: None), gpu.Contender("cuDNN", fails)
+    assert gpu.running([ours, bad]) == ([ours], {"cuDNN": "NotImplementedError: no such mask"})
+    with pytest.raises(NotImplementedError):
+        gpu.running([bad, ours])
+
+
 def test_documents_as_rows_and_back():
     documents = (5, 1, 7)
     x = np.random.default_rng().normal(size=(1, 13, 2, 3))
@@ -205,6 +215,19 @@ def test_nothing_is_timed_of_kernels_whose_check_failed(tmp_path):
     done = run("h100", "--parts=chekc", cache=tmp_path)
     assert done.returncode == 2 and "known: check, tune, kernels" in done.stderr
     assert set(h100.PARTS) == {"check", "tune", "kernels", "pointwise", "step", "constants"}
+
+
+def test_a_days_calls_fill_one_file(rehearsal, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "results_folder", lambda: tmp_path)
+    assert gpu.saved("kernels") == {}
+    first, second = (dict(part="loss", case=case, what="forward", x=1) for case in "ab")
+    gpu.save("kernels", dict(results=[first, second]))
+    assert gpu.saved("kernels")["results"] == [first, second]
+    again = dict(first, x=2)
+    assert [kernels.same_case(row, again) for row in (first, second)] == [True, False]
+    versions = gpu.about() | dict(versions={"jax": "other"})
+    monkeypatch.setattr(gpu, "about", lambda: versions)
+    assert gpu.saved("kernels") == {}
 
 
 @pytest.mark.slow
