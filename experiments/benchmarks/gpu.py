@@ -40,7 +40,7 @@ def define_flags() -> None:
         "mean nothing.",
     )  # fmt: skip
     flags.DEFINE_string("results", None, "Folder of the results; by default beside the benchmarks, "
-                        "of a rehearsal one that goes with it.")  # fmt: skip
+                        "and of a rehearsal none.")  # fmt: skip
 
 
 def rehearsing() -> bool:
@@ -99,6 +99,11 @@ def has_torch() -> bool:
     import torch
 
     return _rehearsing or torch.cuda.is_available()
+
+
+def say_without_torch() -> None:
+    if not has_torch():
+        print("torch is not here, or sees no GPU: there will be no figures of it", flush=True)
 
 
 def torch_device() -> str:

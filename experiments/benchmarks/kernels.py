@@ -148,6 +148,7 @@ def measure_all(console: Console) -> None:
         f"{jax.devices()[0].device_kind}: {ceiling['tflops']:.0f} TFLOP/s in a product, "
         f"{ceiling['gb_per_s']:.0f} GB/s in a copy"
     )
+    gpu.say_without_torch()
     # A day's calls, each of some parts or lengths, fill one file.
     before = gpu.saved("kernels")
     results: list[dict[str, Any]] = before.get("results", [])

@@ -359,6 +359,7 @@ def measure_sides(changes: dict[str, str]) -> int:
     sides = {OURS: changes, **{f"{OURS}, {text}": changes | change(text) for text in FLAGS.variant}}
     if gpu.has_torch():
         sides[TORCH] = changes
+    gpu.say_without_torch()
     layers = FLAGS.layers
     if layers is None:
         limit = memory_limit(needed)
