@@ -94,7 +94,7 @@ def model_config(layers: int, **changes: Any) -> ModelConfig:
 
 def compiled_step(config: ModelConfig):
     """The compiled step, its shapes alone needed, and the batch on the device."""
-    layout, optimizer = make_mesh(MeshConfig()), OptimizerConfig()
+    layout, optimizer = make_mesh(MeshConfig(), jax.devices()[:1]), OptimizerConfig()
     batch = put_batch(make_batch(config.vocab_size), layout)
     state = abstract_canonical(config, optimizer, layout)
     step = compile_step(config, optimizer, layout, micro_batches=1, sources=1)
