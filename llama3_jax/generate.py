@@ -28,7 +28,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to add at most.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens of this probability.")
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    # jax.random.key takes other numbers for one of these.
+    flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(_) -> None:

@@ -236,6 +236,7 @@ class TestBadInput:
             ("--config.mesh.context=3", "length 32 is not divisible by 6: mesh.context=3 cuts"),
             ("--config.data.sources.a.train=/nowhere", "/nowhere: not a tokenised corpus"),
             ("--config.model.attention=flash", "config.model.attention: Input should be"),
+            ("--config.seed=4294967296", "config.seed: Input should be less than 4294967296, got"),
             ("--wrokdir=x", "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
         ],
     )  # fmt: skip

@@ -72,7 +72,7 @@ class RunConfig(Config):
     and optimizer state: a new run, with its own data, seed and timeline.
     """
 
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)  # jax.random.key takes others for one of these
     init_from: str | None = None
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
