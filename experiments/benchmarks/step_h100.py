@@ -16,8 +16,9 @@ Layers: the most for which the compiler's own account of memory stays under the 
 tenth to spare; fewer where torch, which keeps all activations, runs out of memory with as many. Each
 side is timed alone in a process of its own, because neither fits beside the other, ours and torch's
 in turn (`--rounds`); ratios are of neighbours. MFU is against the data sheet's peak, by the three
-accountings of `model/flops.py`. A variant is ours with one choice changed, a side of its own: what a
-kernel gains in a step, where XLA may fuse what it replaces with its neighbours.
+accountings of `model/flops.py`, and memory beside what XLA and the planner forecast. A variant is
+ours with one choice changed, a side of its own: what a kernel gains in a step, where XLA may fuse
+what it replaces with its neighbours.
 """
 
 import json
@@ -41,6 +42,8 @@ from llama3_jax.model.config import ModelConfig, preset
 from llama3_jax.model.flops import ACCOUNTINGS, training_flops
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.memory import forecast
 from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import abstract_canonical, compile_step, init_state
@@ -101,6 +104,12 @@ def compiled_step(config: ModelConfig):
     return step.lower(state, batch, np.float32(LEARNING_RATE)).compile(), batch, layout, optimizer
 
 
+def case_of(config: ModelConfig) -> Case:
+    """The step as the planner knows it."""
+    one = dict(rows=1, length=sizes().length, micro_batches=1, steps=STEPS, sources=1)
+    return Case("step", config, OptimizerConfig(), MeshConfig(), **one)
+
+
 def needed_bytes(compiled) -> int:
     memory = compiled.memory_analysis()
     return (
@@ -139,7 +148,8 @@ def our_side(config: ModelConfig) -> dict[str, Any]:
         seconds=times[WARM_UP:],
         losses=losses,
         peak_bytes=peak,
-        forecast_bytes=needed_bytes(compiled),
+        compiled_bytes=needed_bytes(compiled),
+        planned_bytes=forecast(case_of(config)).total,
     )
 
 
@@ -241,7 +251,7 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
     peak = 0 if gpu.rehearsing() else torch.cuda.max_memory_allocated()
-    return dict(seconds=times[WARM_UP:], losses=losses, peak_bytes=peak, forecast_bytes=None)
+    return dict(seconds=times[WARM_UP:], losses=losses, peak_bytes=peak)
 
 
 # ------------------------------------------------------------------------------------------- rounds
@@ -271,17 +281,17 @@ def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> T
     table = Table(title=f"{config.layers} layers of the 8B width, {sizes().length:,} packed tokens")
     table.add_column("side")
     for column in ("ms/step", "tokens/s", *(f"MFU {a}" for a in ACCOUNTINGS), "peak GB",
-                   "forecast GB", "speed, ours over it"):  # fmt: skip
+                   "compiler GB", "planner GB", "speed, ours over it"):  # fmt: skip
         table.add_column(column, justify="right")
     medians = {side: [float(np.median(r["seconds"])) for r in runs[side]] for side in runs}
     for side, results in runs.items():
         seconds = float(np.median(medians[side]))
         mfu = utilisation(config, seconds, peak)
-        forecast = results[-1]["forecast_bytes"]
+        accounts = [results[-1].get(name) for name in ("compiled_bytes", "planned_bytes")]
         table.add_row(
             side, f"{1e3 * seconds:.1f}", f"{sizes().length / seconds:,.0f}",
             *(f"{mfu[a]:.1%}" for a in ACCOUNTINGS), f"{results[-1]['peak_bytes'] / 1e9:.1f}",
-            f"{forecast / 1e9:.1f}" if forecast else "",
+            *(f"{account / 1e9:.1f}" if account else "" for account in accounts),
             f"{np.median(np.divide(medians[side], medians[OURS])):.2f}",
         )  # fmt: skip
     return table

@@ -28,6 +28,7 @@ def case(name: str, rows: int, length: int, micro: int, mesh: dict, **model) -> 
 
 
 CASES = [
+    case("one GPU", 1, 8192, 1, {}, remat="save_attention", **KERNELS),
     case("zero3", 16, 2048, 1, dict(data=8), attention="reference"),
     case("zero3 again", 64, 1024, 2, dict(data=16), attention="reference", remat="save_products"),
     case("kept, none", 16, 256, 2, dict(data=8, fsdp="kept"), remat="none", attention="reference"),
