@@ -192,6 +192,8 @@ def release(launch, store) -> None:
     for line in launch.slurm("squeue", "-h", "--array", "-o", "%A %T %r").splitlines():
         number, state, reason = line.split(maxsplit=2)
         if state == "PENDING" and reason == "BeginTime":
+            # slurmd revokes what was signed in the second of the requeue, and the job would fail.
+            time.sleep(2)
             subprocess.run(  # it may have begun by now
                 ["scontrol", "update", f"jobid={number}", "StartTime=now"],
                 env=os.environ | {"SLURM_CONF": launch.conf}, capture_output=True,
