@@ -1,6 +1,6 @@
 """Every kernel as this GPU computes it against float64 on the CPU, on fresh random problems.
 
-    python -m experiments.benchmarks.check_kernels              # about a minute; prints its seed
+    python -m experiments.benchmarks.check_kernels              # prints its seed
     python -m experiments.benchmarks.check_kernels --rehearse   # no GPU: the kernels interpreted
 
 Triton's interpreter shows that a kernel's text is right; this shows it of what the compiler made of
@@ -168,7 +168,8 @@ def errors(problem: Problem, seed: int) -> tuple[float, float]:
 
     def error(results: list[np.ndarray]) -> float:
         pairs = zip(results, exact, strict=True)
-        return max(np.abs(x - e).max() / max(np.abs(e).max(), 1e-9) for x, e in pairs)
+        # Not Python's own maximum, which passes over a not-a-number that is not the first.
+        return float(np.max([np.abs(x - e).max() / max(np.abs(e).max(), 1e-9) for x, e in pairs]))
 
     return error(both[0]), error(both[1])
 

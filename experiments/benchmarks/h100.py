@@ -1,6 +1,6 @@
 """All that is to be checked and measured on one NVIDIA GPU, in one command.
 
-    python -m experiments.benchmarks.h100                         # everything; about half an hour
+    python -m experiments.benchmarks.h100                         # everything
     python -m experiments.benchmarks.h100 --parts=check,kernels --minutes=10
     python -m experiments.benchmarks.h100 --rehearse              # no GPU: every line at toy sizes
 

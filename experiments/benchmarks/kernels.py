@@ -1,6 +1,6 @@
 """Each kernel against XLA, cuDNN through JAX, and torch, on one NVIDIA GPU.
 
-    python -m experiments.benchmarks.kernels                  # everything; about ten minutes
+    python -m experiments.benchmarks.kernels                  # everything
     python -m experiments.benchmarks.kernels --only=attention --lengths=8192
     python -m experiments.benchmarks.kernels --compile_only   # no GPU: registers, spills, shared memory
     python -m experiments.benchmarks.kernels --rehearse       # no GPU: every line at toy sizes

@@ -174,6 +174,18 @@ def test_a_kernel_that_is_wrong_is_found(rehearsal, monkeypatch):
     ours, plain = check_kernels.errors(problem._replace(compute=broken), 0)
     assert ours > check_kernels.FACTOR * plain + check_kernels.LEAST
 
+    @jax.custom_vjp
+    def no_gradient(v):
+        return v
+
+    no_gradient.defvjp(lambda v: (v, None), lambda _, g: (g * np.nan,))
+
+    def lost(how, q, k, v):
+        return problem.compute("reference", q, k, no_gradient(v) if how == "triton" else v)
+
+    ours, plain = check_kernels.errors(problem._replace(compute=lost), 0)
+    assert np.isnan(ours) and plain < 1e-5
+
 
 def test_the_planner_takes_what_was_measured(tmp_path):
     def row(part, what, flops, milliseconds, case="8,192 tokens, 1 document", contender="ours"):
