@@ -198,5 +198,5 @@ def main(_) -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seed", None, "Of the problems; by default another each time.")
-    gpu.define_flags()
+    gpu.define_flags(results=False)
     cli.run(main)

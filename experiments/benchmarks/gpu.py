@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,22 +25,31 @@ from absl import flags
 
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
+from llama3_jax.kernels.attention import Places
 
 RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "nvidia-cudnn-cu13", "flax")
+
+FORWARD, BOTH = "forward", "forward + backward"
+# Results are compared at about this many places along their second axis.
+_COMPARED = 4096
 
 # Set by `machine` alone.
 _rehearsing = False
 
 
-def define_flags() -> None:
+def define_flags(results: bool = True) -> None:
+    """`results`: the program has some to write."""
     flags.DEFINE_bool(
         "rehearse", False,
         "Without a GPU: run every line at toy sizes, kernels interpreted, torch on the CPU. Times "
         "mean nothing.",
     )  # fmt: skip
-    flags.DEFINE_string("results", None, "Folder of the results; by default beside the benchmarks, "
-                        "and of a rehearsal none.")  # fmt: skip
+    if results:
+        flags.DEFINE_string(
+            "results", None, "Folder of the results; by default beside the benchmarks, and of a "
+            "rehearsal none.",
+        )  # fmt: skip
 
 
 def rehearsing() -> bool:
@@ -141,6 +150,11 @@ def running(contenders: list[Contender]) -> tuple[list[Contender], dict[str, str
     return able, failed
 
 
+def sampled(x: Any) -> Any:
+    """What of a large result is brought to the host to be compared."""
+    return x[:, :: max(1, x.shape[1] // _COMPARED)] if x.ndim > 1 else x
+
+
 def compare(contenders: list[Contender], tolerance: float, least: int = 2) -> None:
     """The results of all contenders that have some, against those of the first.
 
@@ -218,7 +232,14 @@ def document_lengths(length: int, mean: int, random: np.random.Generator) -> lis
     return lengths
 
 
-def pairs_of(lengths: list[int]) -> int:
+def places_of(lengths: Sequence[int]) -> Places:
+    """One row of documents of these lengths."""
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    segments = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    return Places(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
+
+
+def pairs_of(lengths: Sequence[int]) -> int:
     """(query, key) pairs that a causal document mask lets through."""
     return sum(n * (n + 1) // 2 for n in lengths)
 

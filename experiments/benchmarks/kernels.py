@@ -30,12 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks import gpu
-from experiments.benchmarks.kernels_attention import (
-    BOTH,
-    FORWARD,
-    attention_cases,
-    attention_contenders,
-)
+from experiments.benchmarks.gpu import BOTH, FORWARD
+from experiments.benchmarks.kernels_attention import attention_cases, attention_contenders
 from experiments.benchmarks.kernels_loss import LOSS_CASES, loss_contenders
 from experiments.benchmarks.kernels_products import product_cases, product_contenders
 from llama3_jax import cli

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import gpu
+from experiments.benchmarks.gpu import BOTH, FORWARD
 from llama3_jax.kernels.attention import Places, attention, make_spans
 
-FORWARD, BOTH = "forward", "forward + backward"
 # Beyond these lengths a contender's scores or mask do not fit, or take minutes.
 _LONGEST = {"XLA": 8192, "chunked": 32_768, "cuDNN, dense mask": 8192}
-# Results are compared at about this many tokens of a row.
-_COMPARED = 4096
 
 
 class Sizes(NamedTuple):
@@ -49,15 +47,11 @@ class AttentionCase(NamedTuple):
         return f"{self.length:,} tokens, {mix}"
 
     def flops(self, what: str) -> float:
-        forward = 4.0 * sizes().head_dim * sizes().heads * gpu.pairs_of(list(self.documents))
+        forward = 4.0 * sizes().head_dim * sizes().heads * gpu.pairs_of(self.documents)
         return forward * (3.5 if what == BOTH else 1)
 
     def places(self) -> Places:
-        positions = np.concatenate([np.arange(n) for n in self.documents])
-        segments = np.repeat(np.arange(len(self.documents)) + 1, self.documents)
-        return Places(
-            jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32)
-        )
+        return gpu.places_of(self.documents)
 
 
 def attention_cases(lengths: list[int] | None = None) -> list[AttentionCase]:
@@ -97,14 +91,10 @@ def _contender(name: str, what: str, compute, arrays, *mask, results=jax.tree.le
         return out, pullback(g)
 
     def compared(result: Any) -> list:
-        return [_sampled(x) for x in results(result)]
+        return [gpu.sampled(x) for x in results(result)]
 
     start = functools.partial(jax.jit(run), *arrays, *mask)
     return gpu.Contender(name, start, results=compared if results else None)
-
-
-def _sampled(x_BSHD):
-    return x_BSHD[:, :: max(1, x_BSHD.shape[1] // _COMPARED)]
 
 
 def _ours(case, what, arrays, places: Places) -> gpu.Contender:
@@ -183,7 +173,7 @@ def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Contender]:
             return out, *torch.autograd.grad(out, (q, k, v), g)
 
         def results(tensors) -> list[np.ndarray]:
-            return [_sampled(x.detach().transpose(1, 2)).float().cpu().numpy() for x in tensors]
+            return [gpu.sampled(x.detach().transpose(1, 2)).float().cpu().numpy() for x in tensors]
 
         return gpu.torch_contender(name, start, None if several_are_one else results)
 

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import gpu
-from experiments.benchmarks.kernels_attention import BOTH, FORWARD
+from experiments.benchmarks.gpu import BOTH, FORWARD
 from llama3_jax.kernels.cross_entropy import linear_cross_entropy
 
 CONTENDERS = {"ours": "triton", "chunked": "chunked", "XLA": "reference"}
-_COMPARED = 4096  # columns of the head's gradient
 
 
 class Sizes(NamedTuple):
@@ -86,8 +85,7 @@ def _loss(implementation: str, what: str, hidden, head, targets, mask):
 
 def _results(result) -> list:
     """The sum and both gradients, of the head's some columns."""
-    total, *gradients = jax.tree.leaves(result)
-    return [total, *(x[:, :: max(1, x.shape[1] // _COMPARED)] for x in gradients)]
+    return [gpu.sampled(x) for x in jax.tree.leaves(result)]
 
 
 def _torch(case: LossCase, what: str, arrays, contenders: list, memory: dict) -> None:

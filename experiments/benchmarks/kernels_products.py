@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import gpu
-from experiments.benchmarks.kernels_attention import BOTH, FORWARD
+from experiments.benchmarks.gpu import BOTH, FORWARD
 from llama3_jax.kernels.linear import linear
 
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks import gpu
+from experiments.benchmarks.gpu import BOTH, FORWARD
 from llama3_jax import cli
 from llama3_jax.kernels import pointwise
 
 BATCH, LENGTH, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 8192, 4096, 32, 8, 128, 14_336
-FORWARD, BOTH = "forward", "forward + backward"
 TOLERANCE = 0.02  # of the largest value; bfloat16 has 8 bits
 
 FLAGS = flags.FLAGS

@@ -80,12 +80,12 @@ def make_batch(vocabulary: int) -> dict[str, np.ndarray]:
     """One packed row; a document's last token predicts nothing."""
     lengths, length = documents(), sizes().length
     tokens = np.random.default_rng(1).integers(0, vocabulary, (1, length + 1), dtype=np.int32)
-    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    places = gpu.places_of(lengths)
     mask = np.ones((1, length), bool)
     mask[0, np.cumsum(lengths) - 1] = False
     return dict(
-        tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=positions,
-        segment_ids=np.repeat(np.arange(len(lengths)) + 1, lengths)[None].astype(np.int32),
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=np.asarray(places.positions),
+        segment_ids=np.asarray(places.segments),
         loss_mask=mask, source=np.zeros(1, np.int32), cut=np.zeros(1, np.int32),
     )  # fmt: skip
 

@@ -6,8 +6,9 @@
     python -m experiments.benchmarks.tune_kernels --rehearse --dry_run   # no GPU: every line, toy sizes
 
 Each candidate first compiles for sm_90, in processes side by side; one that spills or takes too much
-shared memory is not run. The others are timed in turn, at the shapes of the 8B model and (attention) on a row of documents of
-1.5K tokens on average. Rows of bfloat16 are tuned; those of float32 are there for checks alone.
+shared memory is not run. The others are compared and timed in turn, at the shapes of the 8B model and
+(attention) on a row of documents of 1.5K tokens on average. Rows of bfloat16 are tuned; those of
+float32 are there for checks alone.
 The table is `llama3_jax/kernels/gpu/tuning.json`; commit it.
 """
 
@@ -28,7 +29,7 @@ from experiments.benchmarks import gpu
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_text
-from llama3_jax.kernels.attention import Places, make_spans
+from llama3_jax.kernels.attention import make_spans
 from llama3_jax.kernels.gpu import tuning
 from llama3_jax.kernels.gpu.catalogue import MODEL, PROBLEMS, Sizes, entry
 from llama3_jax.kernels.gpu.compile import compile_for_hopper
@@ -96,15 +97,18 @@ def arguments(kernel: str, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax
         targets = random.integers(0, arrays[1].shape[1], tokens)
         return [*arrays, jnp.asarray(targets, jnp.int32), jnp.ones(tokens, bool)]
     lengths = gpu.document_lengths(arrays[0].shape[1], MEAN_DOCUMENT, random)
-    segments = jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
-    places = Places(jnp.concatenate([jnp.arange(n) for n in lengths])[None], segments)
+    places = gpu.places_of(lengths)
     return [*arrays, *make_spans(places, places)]
 
 
 def contender(kernel: str, row: str, blocks: Blocks) -> gpu.Contender:
     problem = PROBLEMS[kernel](row, blocks, sizes())
     run, arrays = jax.jit(problem.function), arguments(kernel, problem.shapes)
-    return gpu.Contender(str(tuple(blocks)), lambda: run(*arrays))
+
+    def results(result) -> list:
+        return [gpu.sampled(x) for x in jax.tree.leaves(result)]
+
+    return gpu.Contender(str(tuple(blocks)), lambda: run(*arrays), results=results)
 
 
 def right_ones(contenders: list[gpu.Contender]) -> list[gpu.Contender]:
@@ -156,7 +160,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Print, and leave the table as it is.")
     flags.DEFINE_bool("compile_only", False, "Print which sizes fit the chip; nothing is timed.")
     flags.DEFINE_integer("rounds", 5, "Measured rounds.", lower_bound=2)
-    gpu.define_flags()
+    gpu.define_flags(results=False)
 
 
 def main(_) -> None:

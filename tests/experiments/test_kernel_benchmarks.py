@@ -194,6 +194,7 @@ def test_the_planner_takes_what_was_measured(tmp_path):
 
     results = dict(
         chip="NVIDIA H100 80GB HBM3", date="2030-01-02T00:00:00", ceilings=dict(gb_per_s=3000.0),
+        rehearsal=False,
         results=[
             row("products", kernels.BOTH, 6e12, 10.0), row("products", kernels.BOTH, 2e12, 2.0),
             row("products", kernels.FORWARD, 9e12, 1.0),
@@ -212,6 +213,9 @@ def test_the_planner_takes_what_was_measured(tmp_path):
     assert constants.attention_backward_efficiency == pytest.approx(2.5e12 / 5e-3 / peak)
     assert constants.memory_bandwidth == 3e12
     assert "measured on NVIDIA H100" in constants.sources["gemm_efficiency"]
+    shorter = [row | {"case": "2,048 tokens, 1 document"} for row in results["results"]]
+    with pytest.raises(UserError, match="both ways over 8,192 tokens, 1 document"):
+        planner_constants.constants_of(results | dict(results=shorter), "x.json")
     with pytest.raises(UserError, match="lacks products"):
         planner_constants.constants_of(results | dict(results=[]), "x.json")
     done = run("planner_constants", f"--results={tmp_path / 'none'}", cache=tmp_path)
