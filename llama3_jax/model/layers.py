@@ -8,6 +8,7 @@ Shapes: B batch, S length, s = S / tensor ranks, T length of a whole row, M mode
 heads, K KV heads, D head dim, F FFN dim; H, K and F are one rank's.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,16 +87,21 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
-        x_BSM = ranks.gather_sequence(x_BsM)
         key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
-        q_BSHD, k_BSKD, v_BSKD = (
-            checkpoint_name(_to_heads(x_BSM, w), "product") for w in (self.query[...], key, value)
+        weights = self.query[...], key, value
+
+        def project(x_BsM: Array) -> list[Array]:
+            x_BSM = ranks.gather_sequence(x_BsM)
+            return [checkpoint_name(_to_heads(x_BSM, w), "product") for w in weights]
+
+        q_BSHD, k_BSKD, v_BSKD = map(
+            ranks.join_gathered, zip(*ranks.in_pieces(project, x_BsM), strict=True)
         )
         q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, context.rope, self.rotary)
         k_BTKD, v_BTKD = ranks.gather_keys(k_BSKD), ranks.gather_keys(v_BSKD)
         implementation = self.implementation
         if cache is not None:
-            rows, slots = jnp.arange(x_BSM.shape[0])[:, None], context.queries.positions
+            rows, slots = jnp.arange(q_BSHD.shape[0])[:, None], context.queries.positions
             cache = Cache(
                 cache.keys.at[rows, slots].set(k_BTKD), cache.values.at[rows, slots].set(v_BTKD)
             )
@@ -106,9 +112,13 @@ class Attention(nnx.Module):
             context.spans,
         )  # fmt: skip
         H, D, M = self.out.shape
-        out_BSN = out_BSHD.reshape(*x_BSM.shape[:2], H * D)
-        out_BSM = linear(out_BSN, self.out[...].reshape(H * D, M))
-        return ranks.scatter_sequence(out_BSM), cache
+        out_BSN = out_BSHD.reshape(*out_BSHD.shape[:2], H * D)
+        out = self.out[...].reshape(H * D, M)
+        parts = [
+            ranks.scatter_sequence(linear(part, out))
+            for part in ranks.split_gathered(out_BSN)
+        ]
+        return jnp.concatenate(parts, 1), cache
 
 
 def _to_heads(x_BSM: Array, weight_MHD: Array) -> Array:
@@ -129,6 +139,9 @@ class FeedForward(nnx.Module):
         self.swiglu = config.swiglu
 
     def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
+        return jnp.concatenate(ranks.in_pieces(functools.partial(self._part, ranks), x_BsM), 1)
+
+    def _part(self, ranks: Ranks, x_BsM: Float[Array, "B p M"]) -> Float[Array, "B p M"]:
         x_BSM = ranks.gather_sequence(x_BsM)
         gate_BSF, up_BSF = (
             checkpoint_name(linear(x_BSM, w[...]), "product") for w in (self.gate, self.up)

@@ -45,6 +45,7 @@ class MeshConfig(Config):
     virtual_stages: pydantic.PositiveInt = 1
     contiguous: pydantic.PositiveInt | None = None
     kv_heads: Literal["sharded", "replicated"] = "sharded"
+    tensor_pieces: pydantic.PositiveInt = 1
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "MeshConfig":

@@ -1,7 +1,9 @@
 """Executes a pipeline schedule as one SPMD program, inside the step's `shard_map`.
 
 A `lax.scan` over ticks; in a tick each rank may run one forward and one backward, or skip it, so
-that an idle slot costs nothing; two ring exchanges end the tick. What arrives too
+that an idle slot costs nothing; a ring exchange follows each. The first and the last ticks, in
+which no rank has a backward or a forward, are scans of their own that exchange in one direction
+only. What arrives too
 early and what waits for its backward lies in buffers, whose slots are laid out beforehand from the
 schedule: they are as large as the schedule's in-flight activations and no larger.
 """
@@ -230,24 +232,27 @@ def run_schedule(
             "sent_back": dx,
         }  # fmt: skip
 
-    def tick(carry, row):
+    def tick(directions: tuple[str, ...], carry, row):
         row = {name: values[rank] for name, values in row.items()}
-        carry = carry | {
-            "arrived": _write_if(carry["arrived"], row["arrive"], carry["sent"]),
-            "arrived_back": _write_if(
-                carry["arrived_back"], row["arrive_back"], carry["sent_back"]
-            ),
-        }
-        (carry,) = _when("forward", row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry)
-        sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
-        carry = carry | {"sent": sent, "ticks": carry["ticks"] + 1}
-        if training:
+        if "forward" in directions:
+            arrived = _write_if(carry["arrived"], row["arrive"], carry["sent"])
+            carry = carry | {"arrived": arrived}
+        if "backward" in directions:
+            arrived = _write_if(carry["arrived_back"], row["arrive_back"], carry["sent_back"])
+            carry = carry | {"arrived_back": arrived}
+        if "forward" in directions:
+            (carry,) = _when(
+                "forward", row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry
+            )
+            sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
+            carry = carry | {"sent": sent}
+        if "backward" in directions:
             (carry,) = _when(
                 "backward", row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry
             )
             back = lax.ppermute(carry["sent_back"], "pipe", [(r, (r - 1) % P) for r in range(P)])
             carry = carry | {"sent_back": back}
-        return carry, None
+        return carry | {"ticks": carry["ticks"] + 1}, None
 
     def buffer(size, shape, dtype):
         return jnp.zeros((size, *shape), dtype)
@@ -266,7 +271,9 @@ def run_schedule(
         "end_gradients": zeros(ends) if training else None,
         "ticks": jnp.int32(0),
     }
-    carry, _ = lax.scan(tick, carry, {k: jnp.asarray(v) for k, v in plan.table.items()})
+    for directions, ticks in schedule.phases():
+        rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
+        carry, _ = lax.scan(functools.partial(tick, directions), carry, rows)
     loss, sums = carry["loss"]
     return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])
 

@@ -10,7 +10,9 @@ of a shared value is its own part of the sum (Korthikanti et al. 2022, arXiv 220
 """
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ class Ranks(NamedTuple):
     pipe: int = 1
     context: int = 1
     tensor: int = 1
+    pieces: int = 1
 
     # ------------------------------------------------------------------ tensor: activations
 
@@ -46,6 +49,35 @@ class Ranks(NamedTuple):
     def scatter_sequence(self, x: Float[Array, "B S M"]) -> Float[Array, "B s M"]:
         """Sums the tensor ranks' partial results; each keeps its part of the tokens."""
         return x if self.tensor == 1 else reduce_scatter(x, "tensor", 1)
+
+    def in_pieces(
+        self, product: Callable[[Float[Array, "B p M"]], Any], x: Float[Array, "B s M"]
+    ) -> list[Any]:
+        """`product` of each piece of this rank's tokens: at most `pieces`, as many as divide them.
+
+        A product that gathers and scatters has its exchanges under the products of other pieces.
+        """
+        return [product(piece) for piece in jnp.split(x, self._pieces(x.shape[1]), axis=1)]
+
+    def join_gathered(self, parts: Sequence[Float[Array, "B P ..."]]) -> Float[Array, "B S ..."]:
+        """What `in_pieces` made of gathered pieces, in the order of the tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        B, P, *rest = parts[0].shape
+        split = [part.reshape(B, self.tensor, P // self.tensor, *rest) for part in parts]
+        return jnp.stack(split, 2).reshape(B, -1, *rest)
+
+    def split_gathered(self, x: Float[Array, "B S ..."]) -> list[Float[Array, "B P ..."]]:
+        """The reverse of `join_gathered`."""
+        B, S, *rest = x.shape
+        pieces = self._pieces(S // self.tensor)
+        if pieces == 1:
+            return [x]
+        split = x.reshape(B, self.tensor, pieces, -1, *rest)
+        return [split[:, :, i].reshape(B, -1, *rest) for i in range(pieces)]
+
+    def _pieces(self, tokens: int) -> int:
+        return 1 if self.tensor == 1 else math.gcd(self.pieces, tokens)
 
     def vocabulary_offset(self, local_size: int) -> Int[Array, ""] | int:
         """The first vocabulary entry of this tensor rank's `local_size` ones."""

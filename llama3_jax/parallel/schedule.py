@@ -32,6 +32,22 @@ class Schedule(NamedTuple):
     def ticks(self) -> int:
         return len(self.forward)
 
+    def phases(self) -> list[tuple[tuple[str, ...], slice]]:
+        """Ranges of ticks, and whether any rank runs a forward or a backward in them."""
+        forward = np.flatnonzero((self.forward[..., 0] != IDLE).any(1))
+        backward = np.flatnonzero((self.backward[..., 0] != IDLE).any(1))
+        first_backward = backward[0] if len(backward) else self.ticks
+        both = min(first_backward, forward[-1] + 1), forward[-1] + 1
+        phases = [
+            (("forward",), slice(0, both[0])), (("forward", "backward"), slice(*both)),
+            (("backward",), slice(both[1], self.ticks)),
+        ]  # fmt: skip
+        return [(what, ticks) for what, ticks in phases if ticks.start < ticks.stop]
+
+    def exchanges(self, direction: str) -> int:
+        """Ticks that end in a ring exchange of this direction."""
+        return sum(t.stop - t.start for what, t in self.phases() if direction in what)
+
 
 def make_schedule(config: MeshConfig, micro_batches: int) -> Schedule:
     """The schedule that the config names.

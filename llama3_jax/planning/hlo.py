@@ -173,7 +173,7 @@ def _share(name: str, case: Case, schedule: Schedule) -> float:
     """How often, of its chances, a rank runs what is named, by the mean over ranks."""
     chunks = schedule.stages * schedule.virtual
     if name in ("forward", "backward"):
-        return schedule.micro_batches * schedule.virtual / schedule.ticks
+        return schedule.micro_batches * schedule.virtual / schedule.exchanges(name)
     if name == "layer":
         return case.model.layers / (chunks * make_stages(case.model.layers, case.mesh).most)
     return 1 / chunks  # embedding, head and what goes to it

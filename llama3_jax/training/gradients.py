@@ -179,7 +179,7 @@ def make_scores(config: ModelConfig, layout: Layout):
 
 
 def _model(config: ModelConfig, layout: Layout, sources: int) -> _Model:
-    ranks = Ranks(**layout.shape)
+    ranks = Ranks(**layout.shape, pieces=layout.config.tensor_pieces)
     axes = logical_axes(config)
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     dims = jax.tree.map(
