@@ -18,7 +18,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from llama3_jax import cli
+from llama3_jax import cli, xla
 from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
@@ -73,6 +73,7 @@ def main(_) -> None:
             keys=_numbers("keys"), statement=FLAGS.statement,
         )  # fmt: skip
     config = parse(EvaluationConfig, values, "flags")
+    xla.start()
     mesh = parse(MeshConfig, {key: int(n) for key, n in _split(FLAGS.mesh, "mesh")}, "--mesh")
     with processes.joined(processes.from_flags()):
         evaluate(config, mesh, held_out)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llama3_jax import cli
+from llama3_jax import cli, xla
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.kernels import dispatch
@@ -31,8 +31,10 @@ from llama3_jax.parallel import processes
 from llama3_jax.parallel.liveness import Watch
 from llama3_jax.parallel.mesh import Layout, make_mesh
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.planning.case import case_of
 from llama3_jax.planning.check import check_run
 from llama3_jax.planning.constants import load_constants
+from llama3_jax.planning.memory import forecast
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import GateLog, Gates
 from llama3_jax.recipe.incidents import Incidents
@@ -98,6 +100,7 @@ def main(_) -> int:
         return 0
     if not FLAGS.workdir:
         raise UserError("--workdir is required: where checkpoints and metrics go")
+    xla.start(config.xla)
     if FLAGS.replay_event is not None:
         print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
         return 0
@@ -135,6 +138,8 @@ def train_on(
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
     workdir.mkdir(parents=True, exist_ok=True)
     check_space(workdir, abstract[0], config)
+    cases = [case_of(config, stage) for stage in timeline.stages]
+    xla.check_memory({case.name: forecast(case).total for case in cases}, config.xla)
 
     # ---- state: the newest valid checkpoint, or a fresh one
     policy = config.checkpoint
@@ -191,6 +196,7 @@ def train_on(
     for line in context_balances(run) if writes else ():
         progress.say(line)
     progress.say(f"kernels: {dispatch.describe(model.kernels())}")
+    progress.say(f"XLA: {xla.describe(config.xla, jax.default_backend())}")
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
@@ -254,8 +260,9 @@ def train_on(
             stage_model = model.model_copy(update={"rope": stage.rope})
             lie_on(layouts[index])
             step_function = compile_step(
-                stage_model, optimizer, layout, stage.micro_batches, len(run.batches.sources)
-            )
+                stage_model, optimizer, layout, stage.micro_batches, len(run.batches.sources),
+                config.xla,
+            )  # fmt: skip
             host, hosts = parts[index]
             loader = run.batches.load(
                 index,

@@ -30,7 +30,9 @@ CONTEXT_RANKS = {
 
 
 def _mesh(data: int, context: int) -> dict:
-    return dict(data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8)
+    return dict(data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8,
+        tensor_pieces=4,
+    )  # fmt: skip
 
 
 def get_config(row: str = "timeline"):

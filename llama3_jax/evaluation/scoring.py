@@ -21,6 +21,7 @@ from llama3_jax.parallel.context import balanced_columns
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import local_rows
 from llama3_jax.training.gradients import make_scores
+from llama3_jax.xla import DEFAULT, XlaConfig
 
 
 class Request(NamedTuple):
@@ -48,9 +49,16 @@ class Scorer:
     Every process gets all results.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, layout: Layout, batch_tokens: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        layout: Layout,
+        batch_tokens: int,
+        xla: XlaConfig = DEFAULT,
+    ):
         """At most about `batch_tokens` tokens are computed at once, but a row a data rank at least."""
-        self.config, self.params, self.layout = config, params, layout
+        self.config, self.params, self.layout, self.xla = config, params, layout, xla
         self._batch_tokens = batch_tokens
 
     def score(self, requests: Sequence[Request], length: int) -> list[Score]:
@@ -112,19 +120,20 @@ class Scorer:
         host, hosts = local_rows(self.layout.mesh)
         part = slice(host * rows // hosts, (host + 1) * rows // hosts)
         own = {name: array[part] for name, array in batch.items()}
-        function = _compile(self.config, self.layout)
+        function = _compile(self.config, self.layout, self.xla)
         scores = jax.device_get(function(self.params, sharding.put_batch(own, self.layout)))
         natural = np.argsort(balanced_columns(length, self.layout.shape["context"]))
         return scores.losses[:, natural], scores.likeliest[:, natural]
 
 
 @functools.cache
-def _compile(config: ModelConfig, layout: Layout):
+def _compile(config: ModelConfig, layout: Layout, xla: XlaConfig):
     params = sharding.shardings(logical_axes(config), layout)
     return jax.jit(
         make_scores(config, layout),
         in_shardings=(params, None),
         out_shardings=sharding.replicated(layout),
+        compiler_options=xla.compiler_options(layout.platform),
     )
 
 

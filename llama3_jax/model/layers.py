@@ -115,8 +115,7 @@ class Attention(nnx.Module):
         out_BSN = out_BSHD.reshape(*out_BSHD.shape[:2], H * D)
         out = self.out[...].reshape(H * D, M)
         parts = [
-            ranks.scatter_sequence(linear(part, out))
-            for part in ranks.split_gathered(out_BSN)
+            ranks.scatter_sequence(linear(part, out)) for part in ranks.split_gathered(out_BSN)
         ]
         return jnp.concatenate(parts, 1), cache
 

@@ -34,6 +34,9 @@ class MeshConfig(Config):
       stages) belong to `interleaved`, which with one virtual stage is 1F1B that holds nearly twice
       the micro-batches of `1f1b` and never waits for a neighbour.
     kv_heads: `replicated` lets several tensor ranks share a KV head, each with a copy.
+    tensor_pieces: pieces of a rank's tokens in which the products of a layer run on several tensor
+      ranks: the exchanges of one piece run under the products of another. As many of them as divide
+      the tokens.
     """
 
     data: pydantic.PositiveInt = 1
@@ -94,6 +97,11 @@ class Layout:
     @property
     def shape(self) -> dict[str, int]:
         return self.config.shape
+
+    @property
+    def platform(self) -> str:
+        """Of its devices: `gpu` or `cuda`, `cpu`."""
+        return self.mesh.devices.flat[0].platform
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:

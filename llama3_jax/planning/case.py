@@ -9,6 +9,7 @@ from llama3_jax.parallel.schedule import Schedule, make_schedule
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.xla import DEFAULT, XlaConfig
 
 GPUS_PER_HOST = 8
 
@@ -25,6 +26,7 @@ class Case(NamedTuple):
     micro_batches: int
     steps: int
     sources: int = 4
+    xla: XlaConfig = DEFAULT
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,7 @@ def case_of(config: RunConfig, stage: ResolvedStage) -> Case:
     model = config.model.model_copy(update={"rope": stage.rope})
     return Case(
         stage.name, model, config.optimizer, stage.mesh, stage.batch_rows, stage.length,
-        stage.micro_batches, stage.steps, len(config.data.sources),
+        stage.micro_batches, stage.steps, len(config.data.sources), config.xla,
     )  # fmt: skip
 
 

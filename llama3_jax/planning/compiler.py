@@ -88,7 +88,9 @@ def compile_case(case: Case) -> Compiled:
     layout = make_mesh(case.mesh, h100s(case.mesh.devices))
     state = abstract_state(case.model, case.optimizer, layout)
     sharding.check_batch(case.rows, case.length, case.micro_batches, layout)
-    step = compile_step(case.model, case.optimizer, layout, case.micro_batches, case.sources)
+    step = compile_step(
+        case.model, case.optimizer, layout, case.micro_batches, case.sources, case.xla
+    )
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = step.lower(state, abstract_batch(case, layout), rate)
     try:

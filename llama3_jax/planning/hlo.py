@@ -31,6 +31,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # The scope that a loop of unknown turns stands in: what a pipeline rank may skip, or a bound.
 _LOOP = re.compile(rf"(?:{re.escape(SCOPE)}(\w+)|turns\.(\d+))\)*/while$")
+_NO_CALLS = ("fusion", "all-reduce", "reduce-scatter", "async-start")
+_CALLS = ("while", "call", "conditional")
 _PRODUCT = re.compile(r"__cublas|_gemm|__cudnn\$|triton_kernel_call")
 
 
@@ -79,13 +81,18 @@ def collectives(hlo: str, case: Case) -> list[Collective]:
     """
     computations = _parse(hlo)
     turns = _turns(computations, _entry(hlo), case)
+    computing = _with_products(computations)
     shape = tuple(case.mesh.shape.values())
     found = []
     for name, instructions in computations.items():
         if not turns.get(name):
             continue
         for at, instruction in enumerate(instructions):
-            kind = next((k for k in KINDS if instruction.opcode in (k, f"{k}-start")), None)
+            hidden = _hidden(instructions, at, computing)
+            if instruction.opcode == "async-start":
+                instruction = computations[_called(instruction)[0]][-1]
+            kind = "collective-permute" if instruction.opcode == "recv" else None
+            kind = next((k for k in KINDS if instruction.opcode in (k, f"{k}-start")), kind)
             if kind is None:
                 continue
             group = _first_group(instruction)
@@ -98,10 +105,21 @@ def collectives(hlo: str, case: Case) -> list[Collective]:
                 Collective(
                     kind, axes, NVLINK if inside else NETWORK, dtype, dims,
                     _received(kind, instruction, len(group)), turns[name],
-                    _hidden(instructions, at), instruction.where,
+                    hidden, instruction.where,
                 )
             )  # fmt: skip
     return found
+
+
+def overlap(found: list[Collective]) -> dict[str, dict[str, float]]:
+    """By kind and axes, the share of the bytes of a step during which products run."""
+    shares: dict = defaultdict(dict)
+    for kind, axes, members in by_axes(found):
+        total = sum(c.total for c in members)
+        hidden = sum(c.total for c in members if c.hidden)
+        name = {"collective-permute": "permute"}.get(kind, kind).replace("-", "_")
+        shares[name][",".join(axes)] = hidden / total
+    return dict(shares)
 
 
 def totals(found: list[Collective]) -> dict[tuple[str, tuple[str, ...], str], float]:
@@ -140,15 +158,15 @@ def _turns(computations, entry: str, case: Case) -> dict[str, float]:
     def visit(name: str, times: float) -> None:
         turns[name] += times
         for instruction in computations[name]:
-            called = _CALLED.findall(instruction.rest)
-            if branches := _BRANCHES.search(instruction.rest):
-                called += [b.strip().lstrip("%") for b in branches[1].split(",")]
-            if not called or instruction.opcode in ("fusion", "all-reduce", "reduce-scatter"):
+            called = _called(instruction)
+            if not called or instruction.opcode in _NO_CALLS:
                 continue
             each = times
             if instruction.opcode == "while":
                 if known := _TURNS.search(instruction.rest):
                     each *= int(known[1])
+                elif "known_induction_variable" in instruction.rest:
+                    each *= _counted(computations, computations[name], instruction)
                 else:
                     each *= _turns_of(instruction.where, case, schedule)
             for target in called:
@@ -157,6 +175,33 @@ def _turns(computations, entry: str, case: Case) -> dict[str, float]:
 
     visit(entry, 1.0)
     return turns
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    """The computations that an instruction runs."""
+    called = _CALLED.findall(instruction.rest)
+    if branches := _BRANCHES.search(instruction.rest):
+        called += [b.strip().lstrip("%") for b in branches[1].split(",")]
+    return called
+
+
+def _counted(computations, around: list[_Instruction], loop: _Instruction) -> int:
+    """Turns of a loop that counts by ones, of which XLA peeled some and wrote down no number."""
+    here = {i.name: i for i in around}
+
+    def first_operand(instruction: _Instruction) -> _Instruction:
+        return here[re.match(r"%?([\w.\-]+)", instruction.rest)[1]]
+
+    at = first_operand(first_operand(loop))
+    while at.opcode == "copy":
+        at = first_operand(at)
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
+    inside = list(computations[condition])
+    inside += [i for x in computations[condition] for c in _called(x) for i in computations[c]]
+    bounds = [int(i.rest.split(")")[0]) for i in inside if i.opcode == "constant"]
+    if at.opcode != "constant" or len(bounds) != 1:
+        raise UserError(f"a loop of unknown turns: {loop.name} in {loop.where}")
+    return bounds[0] - int(at.rest.split(")")[0])
 
 
 def _turns_of(where: str, case: Case, schedule: Schedule | None) -> float:
@@ -197,6 +242,8 @@ def _received(kind: str, instruction: _Instruction, ranks: int) -> float:
     if kind == "all-reduce":  # a start's type may be its results alone, or ((operands), results)
         total /= 2 if instruction.type.startswith("((") else 1
         return 2 * total * (ranks - 1) / ranks
+    if instruction.opcode == "recv":
+        return sizes[0]
     if kind == "collective-permute":  # a start's type may also hold scalars of its own
         return total / 2 if started else total
     return total * (ranks - 1) / ranks
@@ -204,7 +251,7 @@ def _received(kind: str, instruction: _Instruction, ranks: int) -> float:
 
 def _first_group(instruction: _Instruction) -> list[int]:
     text = instruction.rest
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+    if pairs := re.search(r"source_target_pairs=\"?\{\{(\d+),(\d+)\}", text):
         return [int(pairs[1]), int(pairs[2])]
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return [int(n) for n in listed[1].split(",")]
@@ -239,17 +286,32 @@ def _axes(group: list[int], shape: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(axis for axis, row in zip(AXES, places, strict=True) if len(set(row.tolist())) > 1)
 
 
-def _hidden(instructions: list[_Instruction], at: int) -> bool:
+def _hidden(instructions: list[_Instruction], at: int, computing: set[str]) -> bool:
+    """Whether a product, or a loop that has one, is scheduled between a start and its end."""
     start = instructions[at]
-    if not start.opcode.endswith("-start"):
+    if not (start.opcode.endswith("-start") or start.opcode == "recv"):
         return False
     reference = re.compile(rf"%?{re.escape(start.name)}\b")
     for later in instructions[at + 1 :]:
         if later.opcode.endswith("-done") and reference.search(later.rest.split(")")[0]):
             return False
-        if _is_product(later):
+        if _is_product(later) or (
+            later.opcode in _CALLS and any(c in computing for c in _called(later))
+        ):
             return True
     return False
+
+
+def _with_products(computations: dict[str, list[_Instruction]]) -> set[str]:
+    """Names of the computations that have a product, or call one that has."""
+    found: set[str] = set()
+    for name, instructions in computations.items():  # what is called stands before its caller
+        if any(
+            _is_product(i) or (i.opcode in _CALLS and any(c in found for c in _called(i)))
+            for i in instructions
+        ):
+            found.add(name)
+    return found
 
 
 def _is_product(instruction: _Instruction) -> bool:

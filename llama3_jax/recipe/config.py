@@ -17,6 +17,7 @@ from llama3_jax.training.health import HealthConfig
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.sinks import SinkName
 from llama3_jax.training.watchdog import WatchdogConfig
+from llama3_jax.xla import XlaConfig
 
 
 class Source(Config):
@@ -85,6 +86,7 @@ class RunConfig(Config):
     samples: SampleConfig = SampleConfig()
     health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    xla: XlaConfig = XlaConfig()
     max_bad_steps: pydantic.PositiveInt = 10
     log_every: pydantic.PositiveInt = 1
     sinks: tuple[SinkName, ...] = ()

@@ -13,7 +13,7 @@ from llama3_jax.training.progress import RunProgress
 
 
 def scorer(run: Run, model: ModelConfig, params: Params, layout: Layout) -> Scorer:
-    return Scorer(model, params, layout, run.config.evaluation.batch_tokens)
+    return Scorer(model, params, layout, run.config.evaluation.batch_tokens, run.config.xla)
 
 
 def evaluation_due(run: Run, step: int) -> bool:

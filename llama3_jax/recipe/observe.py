@@ -111,7 +111,7 @@ def validate(
 ) -> None:  # fmt: skip
     """Loss of each source's held-out documents, in nats a token and bits a byte."""
     config = run.config.validation
-    function = compile_validation(model, layout)
+    function = compile_validation(model, layout, run.config.xla)
     length = config.length or stage.length
     ranks = layout.shape["data"]
     rows = max(stage.micro_batch_tokens // length // ranks, 1) * ranks

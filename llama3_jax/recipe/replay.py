@@ -72,8 +72,9 @@ def replay(run: Run, workdir: Path, number: int) -> str:
             state = from_canonical(state, config.model, config.optimizer, layout)
         model = config.model.model_copy(update={"rope": stage.rope})
         step_function = compile_step(
-            model, config.optimizer, layout, stage.micro_batches, len(run.batches.sources)
-        )
+            model, config.optimizer, layout, stage.micro_batches, len(run.batches.sources),
+            config.xla,
+        )  # fmt: skip
         for batch in run.batches.load(index, step - stage.first_step):
             rate = np.float32(timeline.step_learning_rate(step))
             limits = health.limits(step, index)

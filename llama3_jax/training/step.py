@@ -18,6 +18,7 @@ from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.stages import Stages, from_stages, make_stages, to_stages
 from llama3_jax.training.gradients import Batch, make_gradients, make_loss
 from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from llama3_jax.xla import DEFAULT, XlaConfig
 
 
 class TrainState(NamedTuple):
@@ -251,6 +252,7 @@ def compile_step(
     layout: Layout,
     micro_batches: int,
     sources: int,
+    xla: XlaConfig = DEFAULT,
 ):
     """The jitted train step for a mesh, compiled once a shape; the state is donated.
 
@@ -265,11 +267,16 @@ def compile_step(
         micro_batches=micro_batches,
         sources=sources,
     )
-    return jax.jit(step, out_shardings=(state, sharding.replicated(layout)), donate_argnums=0)
+    return jax.jit(
+        step,
+        out_shardings=(state, sharding.replicated(layout)),
+        donate_argnums=0,
+        compiler_options=xla.compiler_options(layout.platform),
+    )
 
 
 @functools.cache
-def compile_validation(config: ModelConfig, layout: Layout):
+def compile_validation(config: ModelConfig, layout: Layout, xla: XlaConfig = DEFAULT):
     """Jitted (params, batch) -> (sum of losses in nats, loss tokens)."""
 
     def validate(params: Params, batch: Batch):
@@ -277,4 +284,9 @@ def compile_validation(config: ModelConfig, layout: Layout):
         return sums.total, jnp.sum(batch["loss_mask"])
 
     params = sharding.shardings(logical_axes(config), layout)
-    return jax.jit(validate, in_shardings=(params, None), out_shardings=sharding.replicated(layout))
+    return jax.jit(
+        validate,
+        in_shardings=(params, None),
+        out_shardings=sharding.replicated(layout),
+        compiler_options=xla.compiler_options(layout.platform),
+    )
