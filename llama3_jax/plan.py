@@ -24,6 +24,7 @@ from llama3_jax.planning import tables
 from llama3_jax.planning.case import Case, cases_of, named
 from llama3_jax.planning.compiler import compile_case
 from llama3_jax.planning.constants import Constants, load_constants
+from llama3_jax.planning.memory import usable
 from llama3_jax.planning.plans import Plan, as_json, make_plan
 from llama3_jax.planning.search import search
 from llama3_jax.recipe.config import RunConfig
@@ -95,6 +96,7 @@ def show(plan: Plan) -> None:
         )
     console.print(tables.time_table(plan))
     console.print(tables.accounting_table(plan))
+    console.print(tables.range_table(plan))
     print_sum([plan])
 
 
@@ -114,7 +116,7 @@ def show_search(case: Case, constants: Constants) -> int:
     best, peaks = [], []
     for candidate in fitting:
         peak = compile_case(candidate.case).peak if FLAGS.compile else None
-        if peak is None or peak <= constants.memory:
+        if peak is None or peak <= usable(case, constants.memory):
             best.append(candidate)
             peaks.append(peak)
         if len(best) == FLAGS.best:

@@ -23,7 +23,12 @@ CONTEXT_RANKS = {
 
 def _mesh(context: int) -> dict:
     return dict(
-        data=GPUS // 32 // context, pipe=4, context=context, tensor=8, fsdp="kept", virtual_stages=5,
+        data=GPUS // 32 // context,
+        pipe=4,
+        context=context,
+        tensor=8,
+        fsdp="kept",
+        virtual_stages=5,
         tensor_pieces=4,
     )
 

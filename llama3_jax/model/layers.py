@@ -8,7 +8,6 @@ Shapes: B batch, S length, s = S / tensor ranks, T length of a whole row, M mode
 heads, K KV heads, D head dim, F FFN dim; H, K and F are one rank's.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama3_jax.kernels.attention import Places, Spans, attention
-from llama3_jax.kernels.linear import linear
+from llama3_jax.kernels.linear import linear_pieces
 from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.ranks import ALONE, Ranks
@@ -88,14 +87,9 @@ class Attention(nnx.Module):
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
-        weights = self.query[...], key, value
-
-        def project(x_BsM: Array) -> list[Array]:
-            x_BSM = ranks.gather_sequence(x_BsM)
-            return [checkpoint_name(_to_heads(x_BSM, w), "product") for w in weights]
-
-        q_BSHD, k_BSKD, v_BSKD = map(
-            ranks.join_gathered, zip(*ranks.in_pieces(project, x_BsM), strict=True)
+        xs = ranks.gather_pieces(x_BsM)
+        q_BSHD, k_BSKD, v_BSKD = (
+            ranks.join_gathered(_to_heads(xs, w)) for w in (self.query[...], key, value)
         )
         q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, context.rope, self.rotary)
         k_BTKD, v_BTKD = ranks.gather_keys(k_BSKD), ranks.gather_keys(v_BSKD)
@@ -113,17 +107,22 @@ class Attention(nnx.Module):
         )  # fmt: skip
         H, D, M = self.out.shape
         out_BSN = out_BSHD.reshape(*out_BSHD.shape[:2], H * D)
-        out = self.out[...].reshape(H * D, M)
-        parts = [
-            ranks.scatter_sequence(linear(part, out)) for part in ranks.split_gathered(out_BSN)
-        ]
-        return jnp.concatenate(parts, 1), cache
+        parts = linear_pieces(ranks.split_gathered(out_BSN), self.out[...].reshape(H * D, M))
+        return ranks.scatter_pieces(parts), cache
 
 
-def _to_heads(x_BSM: Array, weight_MHD: Array) -> Array:
-    """[B, S, heads, head dim]"""
+def _to_heads(xs_BPM: list[Array], weight_MHD: Array) -> list[Array]:
+    """[B, P, heads, head dim] of each piece of tokens."""
     M, H, D = weight_MHD.shape
-    return linear(x_BSM, weight_MHD.reshape(M, H * D)).reshape(*x_BSM.shape[:2], H, D)
+    return [
+        _kept(y).reshape(*y.shape[:2], H, D)
+        for y in linear_pieces(xs_BPM, weight_MHD.reshape(M, H * D))
+    ]
+
+
+def _kept(x: Array) -> Array:
+    """The result of a product, which remat="save_products" does not compute again."""
+    return checkpoint_name(x, "product")
 
 
 class FeedForward(nnx.Module):
@@ -138,15 +137,10 @@ class FeedForward(nnx.Module):
         self.swiglu = config.swiglu
 
     def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
-        return jnp.concatenate(ranks.in_pieces(functools.partial(self._part, ranks), x_BsM), 1)
-
-    def _part(self, ranks: Ranks, x_BsM: Float[Array, "B p M"]) -> Float[Array, "B p M"]:
-        x_BSM = ranks.gather_sequence(x_BsM)
-        gate_BSF, up_BSF = (
-            checkpoint_name(linear(x_BSM, w[...]), "product") for w in (self.gate, self.up)
-        )
-        inner_BSF = swiglu(gate_BSF, up_BSF, self.swiglu)
-        return ranks.scatter_sequence(linear(inner_BSF, self.down[...]))
+        xs_BPM = ranks.gather_pieces(x_BsM)
+        gates, ups = (map(_kept, linear_pieces(xs_BPM, w[...])) for w in (self.gate, self.up))
+        inner_BPF = [swiglu(gate, up, self.swiglu) for gate, up in zip(gates, ups, strict=True)]
+        return ranks.scatter_pieces(linear_pieces(inner_BPF, self.down[...]))
 
 
 class Block(nnx.Module):

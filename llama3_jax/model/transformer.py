@@ -19,7 +19,7 @@ from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
 from llama3_jax.model.rope import rope_tables
-from llama3_jax.parallel.ranks import ALONE, Ranks
+from llama3_jax.parallel.ranks import ALONE, GATHERED, Ranks
 
 Params = dict[str, Any]
 
@@ -167,23 +167,19 @@ def run_blocks(
     return jax.lax.scan(apply, x, (blocks, cache), unroll=unroll)
 
 
-def _all_but_weights(primitive, *operands, **options) -> bool:
-    """Keeps everything but gathered weights and what is free to make again from them."""
-    if primitive.name == "all_gather":
-        return _gathers_activations(operands[0], options)
-    if primitive.name == "custom_vjp_call":
-        # Seen as one operation: a gathered or widened weight (parallel/fsdp.py) among others.
-        inside = options["call_jaxpr"].jaxpr.eqns
-        gathers = [e for e in inside if e.primitive.name == "all_gather"]
-        if gathers:
-            return _gathers_activations(gathers[0].invars[0].aval, gathers[0].params)
-        return any(e.primitive.name != "convert_element_type" for e in inside)
-    return primitive.name not in ("name", "reshape", "convert_element_type")
+def _all_but_weights(primitive, *_, **options) -> bool:
+    """Keeps all but gathered weights and what is free to make from them: decided by names.
 
-
-def _gathers_activations(operand, options) -> bool:
-    # Sequences over tensor, and keys and values [B, S, K, D] over context.
-    return "tensor" in options["axis_name"] or operand.ndim == 4
+    What is gathered is kept by the name that it has after its gather (parallel/ranks.py), or not.
+    """
+    if primitive.name == "name":
+        return options["name"] != GATHERED
+    if primitive.name == "custom_vjp_call":  # one operation here: its body has the name
+        body = options["call_jaxpr"].eqns
+        names = {e.params["name"] for e in body if e.primitive.name == "name"}
+        casts = all(e.primitive.name == "convert_element_type" for e in body)
+        return GATHERED not in names and not casts
+    return primitive.name not in ("all_gather", "reshape", "convert_element_type")
 
 
 def head_losses(

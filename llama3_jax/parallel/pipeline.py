@@ -288,15 +288,16 @@ def run_schedule(
         rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
         return lax.scan(functools.partial(tick, directions, constants), carry, rows)[0]
 
-    (directions, ticks), *phases = schedule.phases()
+    phases = schedule.phases()
     if behind is not None:
+        directions, ticks = phases[0]
         alone = slice(0, schedule.ticks_of_first_stage())
+        phases[0] = directions, slice(alone.stop, ticks.stop)
         carry = run(carry, directions, behind.first, alone)
         # Or XLA would wait for the gather before these ticks, to lay the weights out for the next.
         carry, flat = lax.optimization_barrier((carry, behind.flat))
         constants = behind.unpack(flat)
-        ticks = slice(alone.stop, ticks.stop)
-    for directions, ticks in [(directions, ticks), *phases]:
+    for directions, ticks in phases:
         carry = run(carry, directions, constants, ticks)
     loss, sums = carry["loss"]
     return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])

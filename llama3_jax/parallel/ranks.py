@@ -11,8 +11,8 @@ of a shared value is its own part of the sum (Korthikanti et al. 2022, arXiv 220
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 from llama3_jax.parallel.context import natural_order, rank_chunks
 from llama3_jax.parallel.mesh import FSDP_AXES
 
-# Checkpoint policies never save these: they are gathered, or cast, again.
+# Names for checkpoint policies. Weights are never saved: they are gathered, or cast, again.
 GATHERED = "gathered_weights"
+GATHERED_ACTIVATIONS = "gathered_activations"
 
 
 class Ranks(NamedTuple):
@@ -50,17 +51,19 @@ class Ranks(NamedTuple):
         """Sums the tensor ranks' partial results; each keeps its part of the tokens."""
         return x if self.tensor == 1 else reduce_scatter(x, "tensor", 1)
 
-    def in_pieces(
-        self, product: Callable[[Float[Array, "B p M"]], Any], x: Float[Array, "B s M"]
-    ) -> list[Any]:
-        """`product` of each piece of this rank's tokens: at most `pieces`, as many as divide them.
+    def gather_pieces(self, x: Float[Array, "B s M"]) -> list[Float[Array, "B P M"]]:
+        """As `gather_sequence`, in at most `pieces` exchanges: as many as divide the tokens.
 
-        A product that gathers and scatters has its exchanges under the products of other pieces.
+        XLA runs the exchange of one piece under the products of the others.
         """
-        return [product(piece) for piece in jnp.split(x, self._pieces(x.shape[1]), axis=1)]
+        return [self.gather_sequence(p) for p in jnp.split(x, self._pieces(x.shape[1]), axis=1)]
+
+    def scatter_pieces(self, parts: Sequence[Float[Array, "B P M"]]) -> Float[Array, "B s M"]:
+        """As `scatter_sequence`, of pieces in the order of `gather_pieces`."""
+        return jnp.concatenate([self.scatter_sequence(part) for part in parts], axis=1)
 
     def join_gathered(self, parts: Sequence[Float[Array, "B P ..."]]) -> Float[Array, "B S ..."]:
-        """What `in_pieces` made of gathered pieces, in the order of the tokens."""
+        """What was computed of gathered pieces, in the order of the tokens."""
         if len(parts) == 1:
             return parts[0]
         B, P, *rest = parts[0].shape
@@ -68,7 +71,7 @@ class Ranks(NamedTuple):
         return jnp.stack(split, 2).reshape(B, -1, *rest)
 
     def split_gathered(self, x: Float[Array, "B S ..."]) -> list[Float[Array, "B P ..."]]:
-        """The reverse of `join_gathered`."""
+        """The reverse of `join_gathered`, for `scatter_pieces`."""
         B, S, *rest = x.shape
         pieces = self._pieces(S // self.tensor)
         if pieces == 1:
@@ -124,7 +127,7 @@ class Ranks(NamedTuple):
 
     def gather_weight(self, shard: Array, dim: int, dtype: jnp.dtype) -> Array:
         """The whole weight from its FSDP shards; sent as `dtype`, gradient reduced in float32."""
-        return checkpoint_name(_gather_weight(shard, self.fsdp_axes, dim, dtype), GATHERED)
+        return _gather_weight(shard, self.fsdp_axes, dim, dtype)
 
     def scatter_gradient(self, gradient: Float[Array, "..."], dim: int) -> Float[Array, "..."]:
         """Sums a whole weight's gradient over the FSDP ranks; each keeps its shard."""
@@ -152,7 +155,8 @@ class Ranks(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: Array, axis: str, dim: int) -> Array:
     """The ranks' parts put together along `dim`; gradient: `reduce_scatter`."""
-    return lax.all_gather(x, axis, axis=dim, tiled=True)
+    gathered = lax.all_gather(x, axis, axis=dim, tiled=True)
+    return checkpoint_name(gathered, GATHERED_ACTIVATIONS)
 
 
 all_gather.defvjp(
@@ -177,7 +181,8 @@ reduce_scatter.defvjp(
 def _gather_weight(shard: Array, axes: tuple[str, ...], dim: int, dtype) -> Array:
     # Back to float32 in name only: the product that reads it casts to `dtype` again, and XLA
     # drops the pair. What it buys is a float32 cotangent.
-    return lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True).astype(shard.dtype)
+    gathered = lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
+    return checkpoint_name(gathered, GATHERED).astype(shard.dtype)
 
 
 _gather_weight.defvjp(

@@ -1,10 +1,12 @@
 """How long a step takes: a roofline of products, attention, memory passes and links.
 
 Times are seconds of one GPU. Products and attention run at an achieved share of the peak, what lies
-between them at the memory's speed, collectives at the link's; what XLA does not overlap is added up.
+between them at the memory's speed, collectives at the link's; what XLA does not overlap is added up:
+by the compiled step's own schedule where there is one.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from llama3_jax.planning.traffic import (
     layer_parameters,
     traffic,
 )  # fmt: skip
+
+AttentionKernel = Literal["triton", "cudnn"]
 
 
 class Cost(NamedTuple):
@@ -55,13 +59,30 @@ def predict(
     constants: Constants,
     document_length: int | None = None,
     simulated: bool = True,
+    overlap: Mapping[tuple[str, tuple[str, ...]], float] | None = None,
+    attention: AttentionKernel = "triton",
 ) -> Cost:
     """The step's time. Documents are as long as a row, or `document_length` tokens on average.
 
-    The pipeline's bubble comes from the simulated schedule, or else from (P - 1) / (M V).
+    The pipeline's bubble comes from the simulated schedule, or else from (P - 1) / (M V). `overlap`
+    holds what share of a collective's bytes has products under it, by kind and axes; without it,
+    what compiled layouts of the kind showed. `attention` names the kernel whose efficiency counts.
     """
     model, mesh, micro = case.model, case.mesh, case.micro_batches
-    forward, backward = _layer(case, constants, document_length)
+
+    def exposed(phase: str) -> dict[str, float]:
+        times: dict[str, float] = {}
+        for t in traffic(case):
+            if t.phase == phase:
+                share = t.hidden if overlap is None else overlap.get((t.kind, t.axes), 0.0)
+                part = t.axes[0] if t.axes in (("tensor",), ("context",)) else "fsdp"
+                seconds = t.bytes / bandwidth(t.axes, mesh, constants)
+                times[part] = times.get(part, 0.0) + (1 - constants.overlap * share) * seconds
+        return times
+
+    forward, backward = _layer(case, constants, document_length, attention)
+    for times, phase in ((forward, FORWARD), (backward, BACKWARD)):
+        times |= dict.fromkeys(("tensor", "context", "fsdp"), 0.0) | exposed(phase)
     layers = model.layers / mesh.pipe
     head_forward, head_backward = _head(case, constants)
     parts = {
@@ -69,9 +90,7 @@ def predict(
     }  # fmt: skip
     parts["head"] = micro * (head_forward + head_backward) / mesh.pipe
     ends = {
-        "fsdp": sum(
-            t.bytes / bandwidth(t.axes, mesh, constants) for t in traffic(case) if t.phase == STEP
-        ),
+        **exposed(STEP),
         # Reads and writes parameter and two moments, reads the gradient: float32.
         "optimizer": 28 * _stored_parameters(case) / constants.memory_bandwidth,
     }
@@ -79,17 +98,16 @@ def predict(
     if mesh.pipe > 1:
         busy = sum(parts.values())
         bubble = (mesh.pipe - 1) / (micro * mesh.virtual_stages)
-        ticks = micro * mesh.virtual_stages + 2 * (mesh.pipe - 1) + mesh.pipe * mesh.virtual_stages
+        exchanges = 2 * (micro * mesh.virtual_stages + mesh.pipe - 1)
         if simulated:
             stages = np.array(make_stages(model.layers, mesh).counts, float)
             times = [stages * sum(forward.values()), stages * sum(backward.values())]
             times[1][-1, -1] += head_forward + head_backward
             schedule = make_schedule(mesh, micro)
-            bubble, ticks = simulate_times(schedule, *times) / busy - 1, schedule.ticks
+            bubble = simulate_times(schedule, *times) / busy - 1
+            exchanges = sum(map(schedule.exchanges, ("forward", "backward")))
         parts["bubble"] = bubble * busy
-        parts["pipeline"] = ticks * sum(
-            t.bytes / bandwidth(t.axes, mesh, constants) for t in traffic(case) if t.phase == TICK
-        )
+        parts["pipeline"] = exchanges * sum(exposed(TICK).values())
     for name, seconds in ends.items():
         parts[name] = parts.get(name, 0.0) + seconds
     pairs = _document_pairs(case, document_length)
@@ -106,14 +124,16 @@ def _document_pairs(case: Case, document_length: int | None) -> float:
     return case.tokens * (length + 1) / 2
 
 
-def _layer(case: Case, constants: Constants, document_length: int | None):
-    """Seconds by part of one layer's forward and backward for one micro-batch."""
+def _layer(case: Case, constants: Constants, document_length: int | None, kernel: AttentionKernel):
+    """Seconds by part of one layer's forward and backward for one micro-batch, without exchanges."""
     model, mesh, tokens = case.model, case.mesh, case.rank_tokens
     product = 2 * layer_parameters(case) * tokens / (constants.peak * constants.gemm_efficiency)
     pairs = _document_pairs(case, document_length) / case.rows * case.micro_rows / mesh.context
     flops = 4 * model.heads // mesh.tensor * model.head_dim * pairs
-    attention = flops / (constants.peak * constants.attention_forward_efficiency)
-    attention_back = 2.5 * flops / (constants.peak * constants.attention_backward_efficiency)
+    attention = flops / (constants.peak * getattr(constants, f"{kernel}_forward_efficiency"))
+    attention_back = (
+        2.5 * flops / (constants.peak * getattr(constants, f"{kernel}_backward_efficiency"))
+    )
     passes = _memory_passes(case) / constants.memory_bandwidth
     again = {"none": 0, "save_products": 0}.get(model.remat, 1)
     # Only the Triton kernel's results are kept where the policy says so (gpu/flash_attention.py).
@@ -125,16 +145,12 @@ def _layer(case: Case, constants: Constants, document_length: int | None):
         "attention": attention_back + attention_again * attention,
         "memory": (2 + (model.remat != "none")) * passes,
     }
-    for times, phase in ((forward, FORWARD), (backward, BACKWARD)):
-        for part in ("tensor", "context", "fsdp"):
-            times[part] = 0.0
-        for t in traffic(case):
-            if t.phase == phase:
-                part = (
-                    t.axes[0] if t.axes in (("tensor",), ("context",)) and not t.hidden else "fsdp"
-                )
-                exposed = 1 - constants.overlap if t.hidden else 1
-                times[part] += exposed * t.bytes / bandwidth(t.axes, mesh, constants)
+    if mesh.pipe > 1 or case.micro_batches > 1:
+        # float32 sums of gradients: each is read and written, and what is added is read.
+        shards = mesh.data * mesh.context if mesh.fsdp == "zero3" else 1
+        sums = 12 * layer_parameters(case) / shards
+        backward["gradients"] = sums / constants.memory_bandwidth
+        forward["gradients"] = 0.0
     return forward, backward
 
 

@@ -11,8 +11,14 @@ from llama3_jax.parallel.schedule import in_flight_limits
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.traffic import layer_parameters, stacked_layers, table_parameters
+from llama3_jax.xla import MEMORY_FRACTION
 
 _F32 = 4
+
+
+def usable(case: Case, memory: float) -> float:
+    """Bytes that JAX takes of a GPU's `memory`."""
+    return memory * (case.xla.memory_fraction or MEMORY_FRACTION)
 
 
 class Memory(NamedTuple):

@@ -1,23 +1,29 @@
 """A plan: what one stage will hold, send and take; as numbers that can be saved."""
 
+import typing
 from typing import Any, NamedTuple
 
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.compiler import Compiled, compile_case
 from llama3_jax.planning.constants import Constants
-from llama3_jax.planning.cost import Cost, predict
-from llama3_jax.planning.hlo import Collective, by_axes, collectives
-from llama3_jax.planning.memory import Memory, forecast
+from llama3_jax.planning.cost import AttentionKernel, Cost, predict
+from llama3_jax.planning.hlo import Collective, by_axes, collectives, overlap
+from llama3_jax.planning.memory import Memory, forecast, usable
 
 
 class Plan(NamedTuple):
-    """`compiled` and `collectives` are None and empty where the step was not compiled."""
+    """`compiled` and `collectives` are None and empty where the step was not compiled.
+
+    `ranges` are the slow end, the cost and the fast end by the kernel that attention is computed
+    with: the planned one's speed, and cuDNN's.
+    """
 
     case: Case
     forecast: Memory
     cost: Cost
     compiled: Compiled | None
     collectives: list[Collective]
+    ranges: dict[str, tuple[Cost, Cost, Cost]]
     memory_limit: float
     power: float
 
@@ -46,9 +52,25 @@ def make_plan(
 ) -> Plan:
     compiled = compile_case(case) if compiles else None
     found = collectives(compiled.hlo, case) if compiled else []
-    cost = predict(case, constants, document_length)
+    shares = None
+    if compiled:
+        shares = {
+            (kind, axes): sum(c.total for c in members if c.hidden) / sum(c.total for c in members)
+            for kind, axes, members in by_axes(found)
+        }
+
+    def cost(kernel: AttentionKernel) -> tuple[Cost, Cost, Cost]:
+        slow, fast = constants.end(0), constants.end(1)
+        slow, middle, fast = (
+            predict(case, c, document_length, overlap=shares, attention=kernel)
+            for c in (slow, constants, fast)
+        )
+        return slow, middle, fast
+
+    ranges = {kernel: cost(kernel) for kernel in typing.get_args(AttentionKernel)}
     return Plan(
-        case, forecast(case), cost, compiled, found, constants.memory, constants.power
+        case, forecast(case), ranges["triton"][1], compiled, found, ranges,
+        usable(case, constants.memory), constants.power,
     )  # fmt: skip
 
 
@@ -86,6 +108,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for kind, axes, members in by_axes(plan.collectives)
         ],
+        "overlap": overlap(plan.collectives),
+        "ranges": {
+            kernel: {
+                "seconds": [c.seconds for c in ends],
+                "flops_per_gpu": {
+                    name: [c.flops_per_gpu(name) for c in ends] for name in cost.flops
+                },
+            }
+            for kernel, ends in plan.ranges.items()
+        },
         "bubble": cost.bubble,
         "seconds": cost.seconds,
         "parts": {name: float(seconds) for name, seconds in cost.parts.items()},

@@ -8,11 +8,9 @@ from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.planning.case import GPUS_PER_HOST, Case
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.cost import Cost, predict
-from llama3_jax.planning.memory import Memory, forecast
+from llama3_jax.planning.memory import Memory, forecast, usable
 
 REMATS = ("none", "save_products", "full")
-# NCCL and the driver take memory that no forecast here knows of.
-_USABLE = 0.94
 # So many of the quickest are ranked again with their schedules simulated.
 _SIMULATED = 50
 
@@ -79,13 +77,13 @@ def search(case: Case, gpus: int, constants: Constants) -> tuple[list[Candidate]
     for candidate in cases:
         memory = forecast(candidate)
         least = memory.total if least is None else min(least, memory.total)
-        if memory.total <= _USABLE * constants.memory:
+        if memory.total <= usable(case, constants.memory):
             cost = predict(candidate, constants, simulated=False)
             fitting.append(Candidate(candidate, memory, cost))
     if not fitting:
         raise UserError(
             f"--gpus={gpus}: none of {len(cases)} layouts fits; the smallest needs "
-            f"{least / 2**30:.1f} GiB of {constants.memory / 2**30:.1f}"
+            f"{least / 2**30:.1f} GiB of {usable(case, constants.memory) / 2**30:.1f}"
         )
     fitting.sort(key=lambda c: c.cost.seconds)
     simulated = [c._replace(cost=predict(c.case, constants)) for c in fitting[:_SIMULATED]]

@@ -28,7 +28,7 @@ def layout_text(case) -> str:
 
 def memory_table(plan: Plan) -> Table:
     """Per GPU: the closed form beside what the compiler allocates."""
-    table = Table(title=f"Memory of one GPU, GiB ({plan.memory_limit / _GIB:.1f} present)")
+    table = Table(title=f"Memory of one GPU, GiB ({plan.memory_limit / _GIB:.1f} for JAX)")
     for column in ("", "forecast", "compiled"):
         table.add_column(column, justify="right" if column else "left")
     compiled = plan.compiled
@@ -84,6 +84,21 @@ def accounting_table(plan: Plan) -> Table:
             name, f"{flops:.3e}", f"{plan.cost.flops_per_gpu(name) / 1e12:.0f}",
             f"{plan.cost.mfu(name):.1%}",
         )  # fmt: skip
+    return table
+
+
+def range_table(plan: Plan) -> Table:
+    """From the slow to the fast end of what the constants may be, by attention's kernel."""
+    table = Table(title="Range, by the kernel of attention")
+    for column in ("", "seconds a step", "TFLOP/s a GPU, causal"):
+        table.add_column(column, justify="right" if column else "left")
+    for kernel, (slow, _, fast) in plan.ranges.items():
+        speeds = [cost.flops_per_gpu() / 1e12 for cost in (slow, fast)]
+        table.add_row(
+            kernel,
+            f"{fast.seconds:.2f} to {slow.seconds:.2f}",
+            f"{speeds[0]:.0f} to {speeds[1]:.0f}",
+        )
     return table
 
 

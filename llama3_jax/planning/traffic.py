@@ -14,16 +14,17 @@ FORWARD, BACKWARD, TICK, STEP = "forward", "backward", "tick", "step"
 
 
 class Traffic(NamedTuple):
-    """Bytes that a GPU receives: in each layer's forward or backward, tick of the pipeline, or step.
+    """Bytes that a GPU receives: in each layer's forward or backward, exchange of the pipeline, or step.
 
-    `hidden`: XLA schedules products under it.
+    `hidden`: the share of it under which XLA schedules products, by the layouts that were compiled
+    (the planner reads it from the compiled step where there is one).
     """
 
     kind: str
     axes: tuple[str, ...]
     phase: str
     bytes: float
-    hidden: bool
+    hidden: float
 
 
 def layer_parameters(case: Case) -> int:
@@ -54,25 +55,26 @@ def traffic(case: Case) -> list[Traffic]:
     found = []
     if mesh.tensor > 1:
         part = tokens * model.dim * width * (mesh.tensor - 1) / mesh.tensor
+        hidden = {1: 0.25, 2: 0.6}.get(mesh.tensor_pieces, 0.8)
         # What the backward gathers and reduces again (transformer.py, remat policies).
         again = {"none": (0, 0), "save_products": (2, 0)}.get(model.remat, (2, 1))
         for phase, gathers, scatters in (
             (FORWARD, 2, 2), (BACKWARD, 2 + again[0], 2 + again[1])
         ):  # fmt: skip
-            found.append(Traffic("all-gather", ("tensor",), phase, gathers * part, False))
-            found.append(Traffic("reduce-scatter", ("tensor",), phase, scatters * part, False))
+            found.append(Traffic("all-gather", ("tensor",), phase, gathers * part, hidden))
+            found.append(Traffic("reduce-scatter", ("tensor",), phase, scatters * part, hidden))
         # The embedding's result and its gradient, the head's input and its gradient.
         ends = 2 * case.micro_batches / mesh.pipe * part
-        found.append(Traffic("all-gather", ("tensor",), STEP, ends, False))
-        found.append(Traffic("reduce-scatter", ("tensor",), STEP, ends, False))
+        found.append(Traffic("all-gather", ("tensor",), STEP, ends, 0.0))
+        found.append(Traffic("reduce-scatter", ("tensor",), STEP, ends, 0.0))
     if mesh.context > 1:
         heads = max(model.kv_heads // mesh.tensor, 1)
         elements = tokens * mesh.context * heads * model.head_dim
         part = 2 * elements * (mesh.context - 1) / mesh.context  # keys and values
         gathers = (1, 0 if model.remat == "none" else 1)
         for phase, count in zip((FORWARD, BACKWARD), gathers, strict=True):
-            found.append(Traffic("all-gather", ("context",), phase, count * part * width, False))
-        found.append(Traffic("reduce-scatter", ("context",), BACKWARD, part * width, False))
+            found.append(Traffic("all-gather", ("context",), phase, count * part * width, 0.0))
+        found.append(Traffic("reduce-scatter", ("context",), BACKWARD, part * width, 0.0))
     ranks = mesh.data * mesh.context
     if ranks > 1:
         axes = tuple(axis for axis in FSDP_AXES if getattr(mesh, axis) > 1)
@@ -80,28 +82,31 @@ def traffic(case: Case) -> list[Traffic]:
         layer = layer_parameters(case) * share
         tables = table_parameters(case) * share
         if mesh.fsdp == "zero3":
-            found.append(Traffic("all-gather", axes, FORWARD, layer * width, True))
-            found.append(Traffic("all-gather", axes, BACKWARD, layer * width, True))
-            found.append(Traffic("reduce-scatter", axes, BACKWARD, layer * 4, True))
+            found.append(Traffic("all-gather", axes, FORWARD, layer * width, 0.8))
+            found.append(Traffic("all-gather", axes, BACKWARD, layer * width, 0.8))
+            found.append(Traffic("reduce-scatter", axes, BACKWARD, layer * 4, 0.8))
             micro = case.micro_batches / mesh.pipe  # the pipeline's two ends alone
-            found.append(Traffic("all-gather", axes, STEP, micro * tables * width, False))
-            found.append(Traffic("reduce-scatter", axes, STEP, micro * tables * 4, False))
+            found.append(Traffic("all-gather", axes, STEP, micro * tables * width, 0.0))
+            found.append(Traffic("reduce-scatter", axes, STEP, micro * tables * 4, 0.0))
         else:
             whole = layer * stacked_layers(case) + tables
-            found.append(Traffic("all-gather", axes, STEP, whole * width, False))
-            found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, False))
+            found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, 0.0))
+            if mesh.virtual_stages > 1:  # the first virtual stage's weights are gathered twice
+                whole += layer * stacked_layers(case) / mesh.virtual_stages
+            found.append(Traffic("all-gather", axes, STEP, whole * width, 0.0))
     if mesh.pipe > 1:
         sent = tokens // mesh.tensor * model.dim * width
-        found.append(Traffic("collective-permute", ("pipe",), TICK, 2 * sent, False))
+        found.append(Traffic("collective-permute", ("pipe",), TICK, sent, 0.0))
         tables = 2 * (mesh.pipe - 1) / mesh.pipe * table_parameters(case) / ranks * 4
-        found.append(Traffic("all-reduce", ("pipe",), STEP, tables, False))
+        found.append(Traffic("all-reduce", ("pipe",), STEP, tables, 0.0))
     return found
 
 
 def in_step(case: Case) -> dict[tuple[str, tuple[str, ...]], float]:
     """Bytes that a GPU receives in a step by kind and axes, the mean over the pipeline's ranks."""
     passes = case.micro_batches * case.model.layers / case.mesh.pipe
-    ticks = case.schedule.ticks if case.schedule else 0
+    schedule = case.schedule
+    ticks = sum(map(schedule.exchanges, ("forward", "backward"))) if schedule else 0
     times = {FORWARD: passes, BACKWARD: passes, TICK: ticks, STEP: 1}
     sums: dict = {}
     for t in traffic(case):
