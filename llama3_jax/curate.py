@@ -29,6 +29,7 @@ from llama3_jax.curation.commands import COMMANDS
 from llama3_jax.curation.label import Judge
 from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.errors import UserError
+from llama3_jax.files import check_folder
 from llama3_jax.reporting import curation as reporting
 from llama3_jax.training.loading import load_with_tokenizer
 
@@ -49,7 +50,7 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory for the run")
-    workdir = Path(FLAGS.workdir)
+    workdir = check_folder("--workdir", FLAGS.workdir)
     if FLAGS.sample:
         workdir = workdir / f"sample_{FLAGS.sample}"
     if FLAGS.explain:
