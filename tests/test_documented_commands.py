@@ -66,7 +66,7 @@ import llama3_jax.train, llama3_jax.curate, llama3_jax.evaluate, llama3_jax.fit,
 
 
 def parsed(main, argv=None, doc=None):
-    argv = sys.argv if argv is None else argv
+    argv = [each for each in (sys.argv if argv is None else argv) if each != "--help"]
     try:
         rest = flags.FLAGS(list(argv))
     except Exception as error:
