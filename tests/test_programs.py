@@ -1,5 +1,6 @@
 """How every program ends: one line and the right exit code, nothing lost and nothing half written."""
 
+import json
 import os
 import re
 import signal
@@ -109,6 +110,16 @@ def test_a_full_disk_is_named_by_the_output(name, program, tmp_path):
     assert done.returncode == 2, done.stderr
     assert f"no space left on the disk that holds {folder}/out" in one_line(done)
     assert left == []
+
+
+def test_hugging_face_weights_are_evaluated_as_the_same_model_folder(inputs, program, tmp_path):
+    for name, model in (("theirs", "hf"), ("ours", "other")):
+        done = program("evaluate", tmp_path / name, f"--model={inputs}/{model}")
+        assert done.returncode == 0, done.stderr
+    theirs, ours = (json.loads((tmp_path / name / "results.json").read_text())
+                    for name in ("theirs", "ours"))  # fmt: skip
+    assert theirs["model"] == f"{inputs}/hf"
+    assert theirs["scores"] == pytest.approx(ours["scores"], rel=0.01)  # they are in bfloat16
 
 
 # ---- config files
