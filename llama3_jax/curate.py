@@ -50,13 +50,14 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory for the run")
-    workdir = check_folder("--workdir", FLAGS.workdir)
+    workdir = Path(FLAGS.workdir)
     if FLAGS.sample:
         workdir = workdir / f"sample_{FLAGS.sample}"
     if FLAGS.explain:
         print(explain.explain(workdir, FLAGS.explain))
         return
     config, stages = configs.parse(cli.require_config(_config.value))
+    check_folder("--workdir", workdir)
     engine.start(FLAGS.runner, FLAGS.address)
     funnel = run.run(config, stages, workdir, FLAGS.sample)
     print("\n".join(run.damage(funnel)))

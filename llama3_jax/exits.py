@@ -134,13 +134,17 @@ def _flush() -> None:
 
 
 def _kill_children() -> None:
-    """All that this process started, and they, in turn; not what it started in a new session."""
+    """All that this process started, and they, in turn; not what it started in a new session.
+
+    Python's tracker of shared memory stays: it removes what is left, and ends by itself.
+    """
     import psutil  # not for each program's start
 
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error, OSError):
-                if os.getsid(child.pid) == os.getsid(0):
+                tracker = "multiprocessing.resource_tracker" in " ".join(child.cmdline())
+                if os.getsid(child.pid) == os.getsid(0) and not tracker:
                     child.kill()
 
 
