@@ -16,7 +16,7 @@ from tests import program_runs
 from tests.file_systems import full_disk, read_only
 
 NAMES = list(program_runs.commands(Path()))
-WITH_OUTPUT = [name for name in NAMES if name not in ("generate", "launch", "report")]
+WITH_OUTPUT = [name for name in NAMES if name not in ("generate", "report")]
 
 
 @pytest.fixture(scope="session")
