@@ -417,7 +417,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
 def test_no_space(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"out: needs \d+ bytes, its disk has 100 free"):
+    with pytest.raises(UserError, match=r": its disk has 100 bytes free, the weights need \d+"):
         hf.save(tmp_path / "out", CONFIG, random_params(CONFIG))
 
 
