@@ -70,7 +70,9 @@ class XlaConfig(Config):
         if self.deterministic and gpu:
             ours |= DETERMINISTIC_GPU_OPTIONS
         other = "xla_cpu_" if gpu else "xla_gpu_"
-        given = dict(option.split("=", 1) for option in self.options.split())
+        given: dict[str, Any] = dict(option.split("=", 1) for option in self.options.split())
+        truth = {"true": True, "false": False}
+        given = {name: truth.get(value.lower(), value) for name, value in given.items()}
         return ours | {k: v for k, v in given.items() if not k.startswith(other)}
 
     def fraction(self) -> float:
