@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import daft
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -35,7 +36,8 @@ def write(
     """Writes `folder`/kept and `folder`/rejected; the counts by source, language and reason.
 
     `characters` and, with a tokenizer, `tokens` are brought up to date where a stage changed the
-    length of the text. Raises ValueError where a stage's frame is not what it has to be.
+    length of the text; a text on which the tokenizer fails is rejected as not_tokenized. Raises
+    ValueError where a stage's frame is not what it has to be.
     """
     names = frame.column_names
     if missing := {"doc", "source", "language", "text", "reason"} - set(names):
@@ -119,12 +121,16 @@ def _measured(table: pa.Table, tokenizer: str) -> pa.Table:
         at = table.schema.get_field_index("reason")
         table = table.set_column(at, "reason", table["reason"].cast(pa.large_string()))
     characters = pc.cast(pc.utf8_length(table["text"]), pa.int64())
-    columns = {
+    columns: dict[str, pa.ChunkedArray | pa.Array] = {
         "bytes": pc.cast(pc.binary_length(table["text"]), pa.int64()),
         "characters": characters,
     }
     if tokenizer:
-        columns["tokens"] = _tokens(table, characters, tokenizer)
+        columns["tokens"], failed = _tokens(table, characters, tokenizer)
+        if failed:
+            own = np.full(len(table), None, object)
+            own[failed] = "not_tokenized"
+            columns["reason"] = pc.coalesce(table["reason"], pa.array(own, pa.string()))
     for name, values in columns.items():
         if name in table.column_names:
             table = table.set_column(table.schema.get_field_index(name), name, values)
@@ -133,20 +139,25 @@ def _measured(table: pa.Table, tokenizer: str) -> pa.Table:
     return table
 
 
-def _tokens(table: pa.Table, characters: pa.ChunkedArray, tokenizer: str) -> pa.Array:
-    """Token counts, taken over for texts of unchanged length."""
+def _tokens(
+    table: pa.Table, characters: pa.ChunkedArray, tokenizer: str
+) -> tuple[pa.Array, list[int]]:
+    """Token counts, taken over for texts of unchanged length; the rows that cannot be counted."""
     if "tokens" in table.column_names:
         stale = pc.fill_null(pc.not_equal(characters, table["characters"]), True)
         counts = table["tokens"].to_numpy().copy()
     else:
         stale = pa.chunked_array([pa.array([True] * len(table))])
         counts = pa.array([0] * len(table), pa.int64()).to_numpy().copy()
-    rows = pc.indices_nonzero(stale).to_numpy()
+    rows, failed = pc.indices_nonzero(stale).to_numpy(), []
     if len(rows):
         encoder = _tokenizer(tokenizer)
         for row, text in zip(rows, table["text"].take(rows).to_pylist(), strict=True):
-            counts[row] = len(encoder.encode(text))
-    return pa.array(counts, pa.int64())
+            try:
+                counts[row] = len(encoder.encode(text))
+            except ValueError:
+                failed.append(row)
+    return pa.array(counts, pa.int64()), failed
 
 
 @functools.lru_cache(maxsize=2)

@@ -108,7 +108,7 @@ def _read_jsonl(piece: Piece, fields: Fields) -> Iterator[TextDocument]:
             where = f"{piece.path} at byte {offset}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not a line of JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a {type(row).__name__}, not a JSON object")

@@ -96,7 +96,10 @@ def _tokenize_piece(job: tuple[int, Piece, Path, Path, Options]) -> dict[str, di
         fields = Fields(options.text_field, options.id_field)
         for document in read_piece(piece, fields):
             split = SPLITS[in_holdout(document.id, options.holdout)]
-            tokens = np.asarray(tokenizer.encode_document(document.text), np.uint32)
+            try:
+                tokens = np.asarray(tokenizer.encode_document(document.text), np.uint32)
+            except ValueError as error:
+                raise UserError(f"{piece.path}: document {document.id!r}: {error}") from None
             writers[split].write(encode_record(Document(document.id, tokens)))
             lengths[split].append(len(tokens))
             utf8_bytes[split] += len(document.text.encode())

@@ -128,6 +128,7 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
             b'{"text": "\\udc00"}\n',
             r"at byte 0: not Unicode: half of a surrogate pair",
         ),
+        ("a.jsonl", b"[" * 100_000, r"at byte 0: not a line of JSON \(maximum recursion"),
         ("a.jsonl", b"", r"no document with text"),
         ("a.jsonl.gz", b"not gzip", r"damaged gzip"),
         ("a.parquet", b"PAR1nope", r"not a whole parquet file"),
