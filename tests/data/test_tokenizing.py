@@ -56,6 +56,60 @@ def test_formats_and_pieces_give_the_same_documents(tmp_path, byte_tokenizer):
             assert texts(out / "train") == documents
 
 
+def test_row_groups_are_packed_and_documents_keep_their_names(tmp_path, byte_tokenizer):
+    texts_ = [f"{n} " + "word " * 20 for n in range(60)]
+    table = pyarrow.table({"text": texts_})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=2)
+    names = {}
+    for piece_bytes in (1, 1_500, 10**9):
+        out = tmp_path / str(piece_bytes)
+        tokenize([tmp_path / "in.parquet"], out, byte_tokenizer, Options(piece_bytes=piece_bytes))
+        assert sorted(texts(out / "train").values()) == sorted(texts_)
+        names[piece_bytes] = list(texts(out / "train"))
+    assert names[1] == names[1_500] == names[10**9]
+    assert names[1][:3] == ["in.parquet#0.0", "in.parquet#0.1", "in.parquet#1.0"]
+    shards = {at: len(Corpus(tmp_path / str(at) / "train").info.shards) for at in names}
+    assert shards[1] == 30 and 1 < shards[1_500] < 20 and shards[10**9] == 1
+
+
+_READ_ALL = """
+import resource, sys
+soft = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.errors import UserError
+corpus = Corpus(sys.argv[1])
+held = []
+if sys.argv[3:]:
+    corpus.document(0)
+    try:
+        while True:
+            held.append(open("/dev/null"))
+    except OSError:
+        pass
+try:
+    print(sum(len(corpus.document(i).tokens) for i in range(len(corpus))))
+except UserError as error:
+    held.clear()
+    print(error)
+"""
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, byte_tokenizer):
+    source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 300, seed=8))
+    tokenize([source], tmp_path / "out", byte_tokenizer, Options(piece_bytes=300))
+    corpus = Corpus(tmp_path / "out/train")
+    assert len(corpus.info.shards) > 80
+    (tmp_path / "read.py").write_text(_READ_ALL)
+    command = [sys.executable, str(tmp_path / "read.py"), str(tmp_path / "out/train"), "64"]
+    options = dict(capture_output=True, text=True, check=True, cwd=REPOSITORY,
+                   env=os.environ | {"PYTHONPATH": str(REPOSITORY)})  # fmt: skip
+    done = subprocess.run(command, **options)
+    assert done.stdout.strip() == str(corpus.info.tokens)
+    done = subprocess.run([*command, "hold"], **options)
+    assert "too many open files, the limit is 64" in done.stdout and "damaged" not in done.stdout
+
+
 def test_the_holdout_depends_on_the_id_alone(tmp_path, byte_tokenizer):
     documents = random_documents("d", 400, seed=4)
     write_jsonl(tmp_path / "all.jsonl", documents)
