@@ -6,7 +6,7 @@
     python -m llama3_jax.fit probe --data=scores.csv
     python -m llama3_jax.fit plan --budget=1e20 --data=runs.csv --target_flops=3.8e25
 
-`python -m llama3_jax.fit COMMAND --helpshort` lists the options of a command. Each prints tables,
+`python -m llama3_jax.fit COMMAND --help` lists the options of a command. Each prints tables,
 writes everything with --json; `isoflop` plots with --report.
 """
 
@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> None:
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         said = f"{name!r} is no command" if name else "a command is missing"
-        print(f"error: {said}; known: {known}", file=sys.stderr)
-        sys.exit(cli.EXIT_USER_ERROR)
-    COMMANDS[name].define_flags()
-    cli.run(lambda _: COMMANDS[name].main(), [arguments[0], *arguments[2:]])
+        sys.exit(cli.fail(f"{said}; known: {known}"))
+    command = COMMANDS[name]
+    command.define_flags()
+    cli.run(lambda _: command.main(), [arguments[0], *arguments[2:]], doc=command.__doc__)
 
 
 if __name__ == "__main__":
