@@ -264,6 +264,7 @@ def _write_tokens(config: CurationConfig, workdir: Path) -> dict[str, Any]:
             split: {"documents": info.documents, "tokens": info.tokens}
             for split, info in infos.items()
         }
+    _remove_others(workdir / TOKENS, set(shards))
     return shards
 
 
@@ -304,7 +305,7 @@ def _remove(path: Path) -> None:
 
 def _remove_others(folder: Path, known: set[str]) -> None:
     """What runs with another config, or interrupted ones, left."""
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in known:
             _remove(path)
 

@@ -28,7 +28,7 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_SPECIALS = 256
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
-_RANKS_FILE, _CONFIG_FILE = "tokenizer.tiktoken", "tokenizer_config.json"
+RANKS_FILE, CONFIG_FILE = "tokenizer.tiktoken", "tokenizer_config.json"
 # tiktoken's search for the pattern runs out of its stack in a million spaces: runs of white space
 # (Unicode's White_Space, the pattern's \s) of at least so many characters are cut here.
 _LONG_SPACE = 1 << 16
@@ -131,8 +131,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer's own folder: ranks, and the specials' names."""
-        self.save_ranks(directory / _RANKS_FILE)
-        write_json(directory / _CONFIG_FILE, {"specials": list(self.special_ids)})
+        self.save_ranks(directory / RANKS_FILE)
+        write_json(directory / CONFIG_FILE, {"specials": list(self.special_ids)})
 
     def save_ranks(self, path: Path) -> None:
         """Writes a `.tiktoken` file or Meta's `tokenizer.model`, which hold no specials."""
@@ -180,13 +180,13 @@ def load(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        config = path / _CONFIG_FILE
-        ranks = path / _RANKS_FILE
+        config = path / CONFIG_FILE
+        ranks = path / RANKS_FILE
         if ranks.is_file() and config.is_file():
             return Tokenizer(load_ranks(ranks), _specials(config))
         if not (path / tokenizer_json.FILE).is_file():
             raise UserError(
-                f"{path}: no tokenizer here (no {_RANKS_FILE} with {_CONFIG_FILE}, "
+                f"{path}: no tokenizer here (no {RANKS_FILE} with {CONFIG_FILE}, "
                 f"no {tokenizer_json.FILE})"
             )
         path = path / tokenizer_json.FILE

@@ -29,6 +29,7 @@ from llama3_jax.data.documents import Fields, Piece, in_holdout, plan_pieces, re
 from llama3_jax.data.workers import run_jobs
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
+from llama3_jax.folder_lock import locked
 
 SPLITS = ("train", "validation")
 
@@ -47,19 +48,42 @@ def tokenize(
 ) -> dict[str, DatasetInfo]:
     """Tokenises `inputs` into `output/train` and, with a holdout, `output/validation`.
 
+    A corpus that is there is replaced, both of its splits.
+
     Raises:
-      UserError: bad input, by file and line; nothing that looks complete is left behind.
+      UserError: bad input, by file and line, or another process writes there; nothing that looks
+        complete is left behind.
     """
     if not 0 <= options.holdout < 1:
         raise UserError(f"--holdout={options.holdout}: must be at least 0 and below 1")
     loaded = tokenizers.load(tokenizer)
     pieces = plan_pieces(inputs, options.piece_bytes)
+    with locked(output, "--output"):
+        # Until every shard is there, no directory must pass for a corpus.
+        for path in existing(output):
+            path.unlink()
+        return _tokenize(pieces, output, tokenizer, loaded, options, workers)
+
+
+def existing(output: Path) -> list[Path]:
+    """The files that make a corpus of each split that is there."""
+    return [path for split in SPLITS if (path := output / split / DATASET_FILE).is_file()]
+
+
+def _tokenize(
+    pieces: list[Piece],
+    output: Path,
+    tokenizer: Path,
+    loaded: tokenizers.Tokenizer,
+    options: Options,
+    workers: int,
+) -> dict[str, DatasetInfo]:
     splits = SPLITS if options.holdout else SPLITS[:1]
     for split in splits:
         (output / split).mkdir(parents=True, exist_ok=True)
-        # Until every shard is there, the directory must not pass for a corpus.
-        (output / split / DATASET_FILE).unlink(missing_ok=True)
         loaded.save(output / split)
+    for split in set(SPLITS) - set(splits):
+        _remove_split(output / split)
 
     jobs = [(number, piece, output, tokenizer, options) for number, piece in enumerate(pieces)]
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -71,7 +95,7 @@ def tokenize(
     for split in splits:
         info = _finish(output / split, [report[split] for report in reports], loaded)
         if split == "train" and info.documents == 0:
-            raise UserError(f"{inputs[0]}: no document with text in the input")
+            raise UserError(f"{output}: no document with text in the input")
         write_json(output / split / DATASET_FILE, info.model_dump())
         infos[split] = info
     return infos
@@ -135,6 +159,15 @@ def _writers(paths: dict[str, Path]) -> Iterator[dict[str, ArrayRecordWriter]]:
 def _close(writer: ArrayRecordWriter) -> None:
     if writer.is_open():
         writer.close()
+
+
+def _remove_split(directory: Path) -> None:
+    """What an earlier run with another holdout left; files of others stay."""
+    own = (LENGTHS_FILE, tokenizers.RANKS_FILE, tokenizers.CONFIG_FILE)
+    for path in [*directory.glob("shard-*"), *(directory / name for name in own)]:
+        path.unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _existing(directory: Path, number: int, signature: list) -> dict | None:

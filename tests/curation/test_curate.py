@@ -195,6 +195,19 @@ def test_what_is_unchanged_is_passed_over_and_what_follows_a_change_is_not(stage
     assert not any("unchanged" in line for line in lines)
 
 
+def test_tokens_of_removed_sources_and_of_an_earlier_holdout_go(
+    stages, crawl, tmp_path, byte_tokenizer
+):
+    work, tokenizer = tmp_path / "work", str(byte_tokenizer)
+    curate(crawl, work, tokens={"tokenizer": tokenizer, "holdout": 0.5})
+    assert (work / "tokens/books/validation").is_dir()
+    inputs = {"books": {"paths": (f"{crawl}/c.jsonl",)}}
+    funnel = curate(crawl, work, tokens={"tokenizer": tokenizer}, inputs=inputs)
+    assert [path.name for path in (work / "tokens").iterdir()] == ["books"]
+    assert not (work / "tokens/books/validation").exists()
+    assert funnel["shards"]["books"]["train"]["documents"] == 6
+
+
 class Interrupted(Exception):
     pass
 

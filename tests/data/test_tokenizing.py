@@ -17,6 +17,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import DATASET_FILE, Corpus
 from llama3_jax.data.tokenizing import Options, tokenize
 from llama3_jax.errors import UserError
+from llama3_jax.folder_lock import locked
 
 
 def texts(directory: Path) -> dict[str, str]:
@@ -78,6 +79,7 @@ soft = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.folder_lock import locked
 corpus = Corpus(sys.argv[1])
 held = []
 if sys.argv[3:]:
@@ -218,6 +220,46 @@ def test_the_door_says_what_is_missing(door, tmp_path):
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
+
+
+class TestAnExistingCorpus:
+    def test_without_a_holdout_the_validation_of_an_earlier_run_is_gone(
+        self, tmp_path, byte_tokenizer
+    ):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60, seed=9))
+        out = tmp_path / "out"
+        tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
+        (out / "validation/notes.txt").write_text("mine")
+        tokenize([source], out, byte_tokenizer, Options())
+        assert len(texts(out / "train")) == 60
+        assert [path.name for path in (out / "validation").iterdir()] == ["notes.txt"]
+        (out / "validation/notes.txt").unlink()
+        tokenize([source], out, byte_tokenizer, Options())
+        assert not (out / "validation").exists()
+
+    def test_is_replaced_only_if_told(self, door, tmp_path, byte_tokenizer):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60, seed=9))
+        more = write_jsonl(tmp_path / "more.jsonl", random_documents("e", 5, seed=1))
+        out = tmp_path / "out"
+        tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
+        before = content(out / "train") | content(out / "validation")
+        command = ["tokenize", "encode", f"--input={more}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+        done = door(*command)
+        message = f"error: --output={out} holds a corpus; name another folder, or add --overwrite"
+        assert (done.returncode, done.stderr.strip()) == (2, message)
+        assert content(out / "train") | content(out / "validation") == before
+        done = door(*command, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert len(texts(out / "train")) == 5 and not (out / "validation").exists()
+
+    def test_two_processes_in_one_folder_are_refused(self, tmp_path, byte_tokenizer):
+        source = write_jsonl(tmp_path / "in.jsonl", {"a": "text"})
+        with (
+            locked(tmp_path / "out"),
+            pytest.raises(UserError, match=r"--output=.*out: another process works in it"),
+        ):
+            tokenize([source], tmp_path / "out", byte_tokenizer, Options())
+        assert not (tmp_path / "out/train").exists()
 
 
 class TestDamagedCorpus:
