@@ -44,7 +44,7 @@ def spread(jobs: daft.DataFrame, number: int) -> daft.DataFrame:
 
 
 def patient(attempt: Callable[[], ResultT]) -> ResultT:
-    """`attempt()`, again where a cluster lost a worker on the way: it must start from the start."""
+    """`attempt()`, again where a cluster lost a worker on the way: it must bear what is half done."""
     for number in range(1, ATTEMPTS):
         try:
             return attempt()

@@ -101,7 +101,8 @@ def _run_stages(
     fingerprint = _fingerprint(read.VERSION, given, [list(piece) for piece in pieces], sample)
 
     def make_read(folder: Path) -> dict[str, Any]:
-        account = read.read(pieces, dict(config.inputs), sample, folder)
+        # Again after a lost worker: pieces that are done stay.
+        account = engine.patient(lambda: read.read(pieces, dict(config.inputs), sample, folder))
         return {"counts": _count_read(folder), "inputs": account}
 
     records = [_stage(workdir, 0, "read", fingerprint, make_read, say)]

@@ -20,7 +20,7 @@ from daft import DataType, col
 from daft.functions import when
 
 from llama3_jax.curation import config as configs
-from llama3_jax.curation import engine, explain, registry, run
+from llama3_jax.curation import engine, explain, read, registry, run
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
@@ -206,6 +206,26 @@ def test_tokens_of_removed_sources_and_of_an_earlier_holdout_go(
     assert [path.name for path in (work / "tokens").iterdir()] == ["books"]
     assert not (work / "tokens/books/validation").exists()
     assert funnel["shards"]["books"]["train"]["documents"] == 6
+
+
+def test_reading_goes_on_after_a_lost_worker(stages, crawl, tmp_path, monkeypatch):
+    class WorkerLost(Exception):
+        pass
+
+    real, attempts = read.read, []
+
+    def losing(*arguments):
+        attempts.append(1)
+        account = real(*arguments)
+        if len(attempts) == 1:
+            raise WorkerLost
+        return account
+
+    monkeypatch.setattr(read, "read", losing)
+    monkeypatch.setattr(engine, "_lost_worker", lambda error: isinstance(error, WorkerLost))
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    funnel = curate(crawl, tmp_path / "work")
+    assert len(attempts) == 2 and funnel["inputs"]["web"]["rows"] == 19
 
 
 class Interrupted(Exception):
