@@ -23,8 +23,9 @@ class Input(Config):
     """One source of documents.
 
     `paths`: files, folders (read with all below them) or patterns. By suffix: .warc(.gz),
-    .html(.gz), .htm, .xhtml, .parquet, .jsonl(.gz, .zst). `url_prefix` + the path below the folder
-    is the URL of an HTML file. `time` of documents that carry none, ISO 8601. `fields`: what
+    .warc.wet(.gz), .html(.gz), .htm, .xhtml, .parquet, .jsonl(.gz, .zst), .json.gz and .json.zst
+    (JSON lines). `url_prefix` + the path below the folder is the URL of an HTML file; without, it is
+    the file's own (file://…). `time` of documents that carry none, ISO 8601. `fields`: what
     parquet columns and JSON fields are called here.
     """
 
