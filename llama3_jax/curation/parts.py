@@ -30,6 +30,14 @@ def number_of_parts(content_bytes: int) -> int:
     return min(max(-(-content_bytes // PART_BYTES), 1), MAX_PARTS)
 
 
+def part_of(doc: str, parts: int) -> int:
+    return int(doc[:6], 16) * parts >> 24
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
 def write(
     frame: daft.DataFrame, stage: str, folder: Path, parts: int, tokenizer: str | None
 ) -> list[dict[str, Any]]:
@@ -84,7 +92,7 @@ def count(table: pa.Table) -> list[dict[str, Any]]:
 
 @daft.func.batch(return_dtype=DataType.int64(), use_process=False)
 def _part_of(doc, *, parts):
-    return pa.array([int(d[:6], 16) * parts >> 24 for d in doc.to_pylist()], pa.int64())
+    return pa.array([part_of(d, parts) for d in doc.to_pylist()], pa.int64())
 
 
 @daft.func.batch(return_dtype=DataType.string(), batch_size=1, use_process=False)
@@ -111,7 +119,7 @@ def _sorted(number: int, stage: str, folder: Path, tokenizer: str) -> list[dict[
         else:
             rows = rows.append_column("stage", pa.array([stage] * len(rows), pa.string()))
         if len(rows):
-            _write(rows, folder / name / f"part-{number:05d}.parquet")
+            _write(rows, folder / name / part_name(number))
     return count(table)
 
 

@@ -65,7 +65,10 @@ def run(
     Raises:
       UserError: an input that is not there, or a folder that another process works in.
     """
-    pieces = inputs.plan(config.inputs)
+    pieces, others = inputs.plan(config.inputs), inputs.passed_over(config.inputs)
+    for source, suffixes in others.items():
+        listed = ", ".join(f"{suffix} {number:,}" for suffix, number in suffixes.items())
+        say(f"{source}: {sum(suffixes.values()):,} files of formats that are not read ({listed})")
     if sample:
         pieces = inputs.sample(pieces, sample)
     with _locked(workdir):
@@ -77,6 +80,8 @@ def run(
             "inputs": records[0].pop("inputs"),
             "stages": [{"stage": r["stage"], "counts": r["counts"]} for r in records],
         }
+        if others:
+            funnel["files_not_read"] = others
         last = workdir / STAGES / records[-1]["folder"]
         _write_documents(config, last, records[-1]["fingerprint"], workdir / DOCUMENTS)
         if config.tokens.tokenizer:
@@ -117,22 +122,29 @@ def _run_stages(
         )  # fmt: skip
 
         def make(folder: Path, stage=stage, own=own, before=before) -> dict[str, Any]:
-            return {"counts": _apply(stage, own, before, workdir / STAGES, folder, tokenizer)}
+            number = parts.number_of_parts(_kept_bytes(before))
+            counts = _apply(stage, own, before, workdir / STAGES, folder, number, tokenizer)
+            return {"counts": counts, "parts": number}
 
         records.append(_stage(workdir, number, stage.name, fingerprint, make, say))
     return records
 
 
 def _apply(
-    stage: Stage, own: Config, before: dict, stages: Path, folder: Path, tokenizer: str | None
+    stage: Stage,
+    own: Config,
+    before: dict,
+    stages: Path,
+    folder: Path,
+    number: int,
+    tokenizer: str | None,
 ) -> list[dict[str, Any]]:
-    """One stage on what the one before it kept."""
+    """One stage on what the one before it kept, in `number` parts."""
     kept = [row for row in before["counts"] if not row["reason"]]
     if not kept:
         raise UserError(f"stage {before['stage']} kept no document: see its rejected/*.parquet "
                         f"in {stages / before['folder']}")  # fmt: skip
     came_in = files(stages / before["folder"] / "kept")
-    number = parts.number_of_parts(sum(row["bytes"] for row in kept))
 
     def attempt() -> list[dict[str, Any]]:
         for leftover in list(folder.iterdir()):
@@ -154,6 +166,10 @@ def _apply(
     if came != went:
         raise ValueError(f"stage {stage.name}: {came} documents came, {went} left")
     return counts
+
+
+def _kept_bytes(record: dict[str, Any]) -> int:
+    return sum(row["bytes"] for row in record["counts"] if not row["reason"])
 
 
 def _stacked(above: daft.DataFrame, below: daft.DataFrame) -> daft.DataFrame:

@@ -289,6 +289,40 @@ def test_an_explanation_tells_each_decision_with_the_text_before_and_after(stage
         explain.explain(tmp_path / "nowhere", "x")
 
 
+def test_an_html_file_is_explained_by_its_path_and_what_is_not_read_is_said(
+    stages, tmp_path, monkeypatch
+):
+    folder, work, said = tmp_path / "site", tmp_path / "work", []
+    folder.mkdir()
+    for name, body in zip(("a.html", "b.html"), pages(2).values(), strict=True):
+        (folder / name).write_bytes(body)
+    for name in ("style.css", "old.warc.zst", "README"):
+        (folder / name).write_text("x")
+    inputs = {"docs": {"paths": (str(folder),)}}
+    funnel = curate(folder, work, inputs=inputs, lines=said)
+    assert said[0].startswith("docs: 3 files of formats that are not read (")
+    assert all(each in said[0] for each in (".css 1", ".warc.zst 1", "none 1"))
+    assert funnel["files_not_read"]["docs"] == {".css": 1, ".warc.zst": 1, "none": 1}
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("site/a.html", str(folder / "a.html"), (folder / "a.html").as_uri()):
+        story = explain.explain(work, wanted)
+        assert story.startswith((folder / "a.html").as_uri()) and "extract: kept" in story
+
+
+def test_an_explanation_reads_one_part_of_a_stage(stages, crawl, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.parts, "PART_BYTES", 2_000)
+    work = tmp_path / "work"
+    curate(crawl, work)
+    parts_of = sorted((work / "stages/01_extract/kept").iterdir())
+    assert len(parts_of) > 5
+    doc = rows(work, "shout", "kept")[0]["doc"]
+    opened, real = [], pq.ParquetFile
+    monkeypatch.setattr(explain.pq, "ParquetFile", lambda path: opened.append(path) or real(path))
+    story = explain.explain(work, doc)
+    assert "extract: kept" in story and "shout: kept" in story
+    assert len([path for path in opened if "01_extract" in str(path)]) == 1
+
+
 def loses(frame, config, scratch):
     return frame.with_column("reason", daft.lit(None).cast(DataType.string())).limit(3)
 
