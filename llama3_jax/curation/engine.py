@@ -19,6 +19,8 @@ def start(runner: str = "native", address: str | None = None) -> None:
     Raises:
       UserError: an address without Ray, Ray that is not installed, or a cluster that is not there.
     """
+    # It logs each error that it then raises.
+    logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)
     if runner == "native":
         if address:
             raise UserError(f"--address={address} is of a Ray cluster; add --runner=ray")

@@ -13,6 +13,7 @@ on after any interruption and gives the same files.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -49,6 +50,8 @@ from llama3_jax.data import tokenizing
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.schema import Config
+
+FULL_BYTES = 1 << 20  # a disk with less to give is what ended a stage
 
 
 def run(
@@ -161,7 +164,13 @@ def _apply(
         _remove(folder / "unsorted")
         return counts
 
-    counts = engine.patient(attempt)
+    try:
+        counts = engine.patient(attempt)
+    except Exception as error:
+        # Daft's own writers say no more than that a channel is closed.
+        if shutil.disk_usage(folder).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     came, went = sum(row["documents"] for row in kept), sum(row["documents"] for row in counts)
     if came != went:
         raise ValueError(f"stage {stage.name}: {came} documents came, {went} left")

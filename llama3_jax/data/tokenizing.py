@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import UInt32
 from rich.progress import Progress
 
 from llama3_jax.data import tokenizer as tokenizers
@@ -128,8 +129,7 @@ def _tokenize_piece(job: tuple[int, Piece, Path, Path, Options]) -> dict[str, di
             lengths[split].append(len(tokens))
             utf8_bytes[split] += len(document.text.encode())
     for split in splits:
-        with atomic_path(names[split].with_suffix(".npy")) as temporary, open(temporary, "wb") as f:
-            np.save(f, np.asarray(lengths[split], np.uint32))
+        _save_lengths(names[split].with_suffix(".npy"), np.asarray(lengths[split], np.uint32))
         reports[split] = {
             "signature": signature,
             "shard": {
@@ -178,12 +178,20 @@ def _existing(directory: Path, number: int, signature: list) -> dict | None:
     return report if report["signature"] == signature else None
 
 
+def _save_lengths(path: Path, lengths: UInt32[np.ndarray, "documents"]) -> None:
+    """As np.save does, which leaves out why the disk takes no more."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(lengths)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(lengths.data)
+
+
 def _finish(directory: Path, reports: list[dict], tokenizer: tokenizers.Tokenizer) -> DatasetInfo:
     """Joins the lengths of all shards and removes what an earlier, different run left."""
     shards = [Shard(**report["shard"]) for report in reports if report["shard"]["documents"]]
     lengths = [np.load((directory / shard.file).with_suffix(".npy")) for shard in shards]
-    with atomic_path(directory / LENGTHS_FILE) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate([np.zeros(0, np.uint32), *lengths]))
+    whole = np.concatenate([np.zeros(0, np.uint32), *lengths])
+    _save_lengths(directory / LENGTHS_FILE, whole)
     known = {f"shard-{number:05d}" for number in range(len(reports))}
     for path in directory.glob("shard-*"):
         if path.name.split(".")[0] not in known:

@@ -1,10 +1,12 @@
 """Whole runs of the engine: outputs, restart, sample, explanation, damage, runners."""
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +228,32 @@ def test_reading_goes_on_after_a_lost_worker(stages, crawl, tmp_path, monkeypatc
     monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
     funnel = curate(crawl, tmp_path / "work")
     assert len(attempts) == 2 and funnel["inputs"]["web"]["rows"] == 19
+
+
+def test_a_disk_that_fills_is_named_and_the_run_goes_on_when_there_is_space(
+    stages, crawl, tmp_path, monkeypatch
+):
+    """As Daft tells of it: its writer's channel is closed."""
+    curate(crawl, tmp_path / "whole")
+    work, real = tmp_path / "work", run.parts.write
+
+    def filling(frame, stage, folder, *rest):
+        (folder / "unsorted").mkdir()
+        (folder / "unsorted/half.parquet").write_bytes(b"PAR1")
+        raise RuntimeError("DaftError::ParquetError channel closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.parts, "write", filling)
+        with pytest.raises(RuntimeError, match="channel closed"):
+            curate(crawl, work)  # something else: the disk has space
+        usage = shutil.disk_usage(work)
+        patch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=4_096))
+        with pytest.raises(OSError, match="No space left on device: .*01_extract") as raised:
+            curate(crawl, work)
+        assert raised.value.errno == errno.ENOSPC
+    assert run.parts.write is real
+    curate(crawl, work)
+    assert outputs(work) == outputs(tmp_path / "whole")
 
 
 class Interrupted(Exception):

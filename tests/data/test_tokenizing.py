@@ -1,6 +1,8 @@
+import errno
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
 
 from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.data import tokenizing
 from llama3_jax.data.corpus import DATASET_FILE, Corpus
 from llama3_jax.data.tokenizing import Options, tokenize
 from llama3_jax.errors import UserError
@@ -220,6 +223,53 @@ def test_the_door_says_what_is_missing(door, tmp_path):
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
+
+
+class TestFullDisk:
+    """A disk that takes no more while a corpus is written."""
+
+    def test_lengths_say_why_they_cannot_be_written(self, tmp_path):
+        """np.save says "100000 requested and 512 written", and no more."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_048, hard))
+        try:
+            with pytest.raises(OSError) as raised:
+                tokenizing._save_lengths(tmp_path / "x.npy", np.arange(100_000, dtype=np.uint32))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+
+    def test_lengths_are_as_numpy_saves_them(self, tmp_path):
+        for size in (0, 1, 1_000):
+            lengths = np.arange(size, dtype=np.uint32)
+            tokenizing._save_lengths(tmp_path / "x.npy", lengths)
+            np.save(tmp_path / "y.npy", lengths)
+            assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+    @pytest.mark.parametrize("after", [0, 1, 2, 3])
+    def test_the_same_command_goes_on(self, tmp_path, monkeypatch, byte_tokenizer, after):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 100, seed=5))
+        options = Options(holdout=0.2, piece_bytes=5_000)
+        tokenize([source], tmp_path / "whole", byte_tokenizer, options)
+        real, written = tokenizing._save_lengths, []
+
+        def filling(path, lengths):
+            written.append(path)
+            if len(written) > after:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            real(path, lengths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizing, "_save_lengths", filling)
+            with pytest.raises(OSError, match="No space left"):
+                tokenize([source], tmp_path / "out", byte_tokenizer, options)
+        assert not list((tmp_path / "out").glob("*/dataset.json"))
+        assert not list((tmp_path / "out").rglob("*.tmp"))
+        tokenize([source], tmp_path / "out", byte_tokenizer, options)
+        for split in ("train", "validation"):
+            assert content(tmp_path / "out" / split) == content(tmp_path / "whole" / split)
 
 
 class TestAnExistingCorpus:
