@@ -121,7 +121,7 @@ def _run_stages(
         fingerprint = _fingerprint(
             before["fingerprint"], stage.name, stage.version, values, tokenizer,
             [_state(path) for path in stage.files(own)],
-            [_state(path) for path in named_files(values) + named_files(tokenizer)],
+            [_state(path) for path in named_files(values | {"tokenizer": tokenizer})],
         )  # fmt: skip
 
         def make(folder: Path, stage=stage, own=own, before=before) -> dict[str, Any]:

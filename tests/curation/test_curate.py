@@ -388,6 +388,17 @@ def test_a_page_that_kills_the_extractor_is_rejected_and_its_neighbours_are_kept
     assert reasons == {"": 16, "crashed": 1, "timeout": 1, "out_of_memory": 1}
 
 
+def test_files_that_a_config_names_count_also_by_a_bare_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words", "positive", "list.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "quality").mkdir()
+    values = {"model": "quality", "label": "positive", "files": {"en": "words"}, "x": ["list.txt"]}
+    values["benchmarks"] = {"quiz": {"path": "positive"}, "other": {"fields": ("words",)}}
+    found = sorted(map(str, configs.named_files(values)))
+    assert found == ["list.txt", "positive", "quality", "words"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
