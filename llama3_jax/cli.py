@@ -26,7 +26,7 @@ from llama3_jax.exits import (  # noqa: F401  (for the programs)
 )
 from llama3_jax.files import OVERWRITE
 
-_HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h")
+HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h")
 
 
 def run(
@@ -48,14 +48,14 @@ def run(
         app.run(lambda rest: _main(main, rest), argv=given, flags_parser=_parser(doc))
     except SystemExit as ended:
         code = ended.code
+        if isinstance(ended.__context__, BrokenPipeError):  # rich makes this of it
+            code = exits.EXIT_BROKEN_PIPE
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
     except BaseException:  # libraries in Rust panic past Exception
         traceback.print_exc()
-    if code:
-        exits.leave(code)
-    sys.exit(0)
+    exits.leave(code or 0)
 
 
 def _main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -63,6 +63,7 @@ def _main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> i
         return fail(f"unexpected argument {argv[1]!r}; options look like --name=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells 30 lines a checkpoint
+        logging.get_absl_handler().addFilter(_is_for_people)
     _choose_platform()
     try:
         code = main(argv)
@@ -82,6 +83,11 @@ def _main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> i
         code, message = described
         fail(message)
         return code
+
+
+def _is_for_people(record: Any) -> bool:
+    """Not what orbax and Daft say of their own use, and of errors that they raise as well."""
+    return "/orbax/" not in record.pathname and not record.pathname.endswith(".rs")
 
 
 def _output_gone() -> int:
@@ -190,10 +196,9 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def _parser(doc: str | None) -> Callable[[Sequence[str]], list[str]]:
     def parse(argv: Sequence[str]) -> list[str]:
-        if any(argument in _HELP for argument in argv[1:]):
-            print(help_text(sys.modules["__main__"].__doc__ if doc is None else doc))
-            sys.stdout.flush()
-            sys.exit(0)
+        if any(argument in HELP for argument in argv[1:]):
+            text = help_text(sys.modules["__main__"].__doc__ if doc is None else doc)
+            sys.exit(_main(lambda _: print(text), argv[:1]))
         try:
             return flags.FLAGS(list(argv))
         except Exception as error:

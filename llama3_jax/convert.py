@@ -7,13 +7,15 @@
 
 --from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
 folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
-Hugging Face directory, with --max_length as the longest text it says it was trained for, and with
-the tokenizer of the run as tokenizer.json.
+Hugging Face directory, with --max_length as the longest text it says it was trained for. The
+model's tokenizer goes with it, as tokenizer.json or as the folder tokenizer.
 
 `average` writes the mean of several models, in float32, as a model folder: equal parts, or --weights.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,8 +23,12 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.data import tokenizer_json
 from llama3_jax.errors import UserError
+from llama3_jax.files import atomic_path, check_output_folder
 from llama3_jax.model import hf
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.transformer import Params
 from llama3_jax.training.averaging import average_models
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model, save_model
 
@@ -31,7 +37,8 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("from", None, "What to convert.", required=True)
-    flags.DEFINE_string("to", None, "Folder to write: absent or empty.", required=True)
+    flags.DEFINE_string("to", None, "Folder to write.", required=True)
+    cli.define_overwrite()
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "Of the Hugging Face weights; default bfloat16."
     )
@@ -41,18 +48,24 @@ def define_flags() -> None:
 def main(_) -> None:
     # In host memory: a model may be larger than an accelerator's.
     jax.config.update("jax_platforms", "cpu")
-    convert(Path(FLAGS["from"].value), Path(FLAGS.to), FLAGS.dtype, FLAGS.max_length)
+    convert(
+        Path(FLAGS["from"].value), Path(FLAGS.to), FLAGS.dtype, FLAGS.max_length, FLAGS.overwrite
+    )
 
 
 def convert(
-    source: Path, target: Path, dtype: str | None = None, max_length: int | None = None
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes `target` in the format that `source` is not in.
 
     Raises:
       UserError: `source` is neither, `target` is taken, or an option that this way does not use.
     """
-    _check_free(target)
+    target = check_output_folder("--to", target, overwrite, [source]).absolute()
     if (source / CHECKPOINTS).is_dir() or (source / "params").is_dir():
         loaded = load_model(source)
         tokenizer = _tokenizer(source, loaded)
@@ -60,16 +73,19 @@ def convert(
         if tokenizer:
             ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
         dtype = dtype or "bfloat16"
-        hf.save(target, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
-        if tokenizer:
-            tokenizer.save_json(target / "tokenizer.json")
+        with _written(target, overwrite) as folder:
+            hf.save(folder, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
+            if tokenizer:
+                tokenizer.save_json(folder / tokenizer_json.FILE)
         config, kind = loaded.config, f"Hugging Face, {dtype}"
     elif (source / "config.json").is_file():
         if dtype or max_length:
             given = "--dtype" if dtype else "--max_length"
             raise UserError(f"{given} is for Hugging Face weights; here {target} gets float32 ones")
+        own = source / tokenizer_json.FILE
+        tokenizer = _load_tokenizer(own) if own.is_file() else None
         config, params = hf.load(source)
-        save_model(target, config, params)
+        _save_model(target, config, params, tokenizer, overwrite)
         kind = "model folder, float32"
     else:
         raise UserError(
@@ -79,14 +95,32 @@ def convert(
     print(f"wrote {config.parameter_count():,} parameters to {target} ({kind})")
 
 
-def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to={target} exists and is not an empty directory; name a new one")
+@contextlib.contextmanager
+def _written(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write in, which becomes `target` when all of it is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target, overwrite) as folder:
+        yield folder
+
+
+def _save_model(
+    target: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: tokenizers.Tokenizer | None,
+    overwrite: bool,
+) -> None:
+    with _written(target, overwrite) as folder:
+        save_model(folder, config, params, tokenizer and tokenizer.fingerprint)
+        if tokenizer:
+            (folder / "tokenizer").mkdir()
+            tokenizer.save(folder / "tokenizer")
 
 
 def define_average_flags() -> None:
     flags.DEFINE_multi_string("from", None, "A checkpoint, run or model folder.", required=True)
-    flags.DEFINE_string("to", None, "Folder to write: absent or empty.", required=True)
+    flags.DEFINE_string("to", None, "Folder to write.", required=True)
+    cli.define_overwrite()
     flags.DEFINE_list("weights", None, "A number for each --from; equal parts by default.")
 
 
@@ -97,14 +131,19 @@ def average(_) -> None:
         weights = FLAGS.weights and [float(weight) for weight in FLAGS.weights]
     except ValueError:
         raise UserError(f"--weights={','.join(FLAGS.weights)}: should be numbers") from None
-    _check_free(target)
+    target = check_output_folder("--to", target, FLAGS.overwrite, sources).absolute()
     made = average_models(sources, weights)
-    save_model(target, made.config, made.params, made.tokenizer)
-    folder = tokenizers.find(sources[0])
-    if folder is not None and tokenizers.load(folder).fingerprint == made.tokenizer:
-        (target / "tokenizer").mkdir()
-        tokenizers.load(folder).save(target / "tokenizer")
+    tokenizer = _tokenizer(sources[0], made)
+    _save_model(target, made.config, made.params, tokenizer, FLAGS.overwrite)
     print(f"wrote the mean of {len(sources)} models to {target} (model folder, float32)")
+
+
+def _load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
+    try:
+        return tokenizers.load(path)
+    except UserError as error:  # the weights can be used all the same
+        print(f"warning: converted without the tokenizer: {error}", file=sys.stderr)
+        return None
 
 
 def _tokenizer(source: Path, loaded: LoadedModel) -> tokenizers.Tokenizer | None:

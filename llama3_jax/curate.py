@@ -29,6 +29,7 @@ from llama3_jax.curation.commands import COMMANDS
 from llama3_jax.curation.label import Judge
 from llama3_jax.curation.layout import DOCUMENTS
 from llama3_jax.errors import UserError
+from llama3_jax.files import check_folder
 from llama3_jax.reporting import curation as reporting
 from llama3_jax.training.loading import load_with_tokenizer
 
@@ -56,6 +57,7 @@ def main(_) -> None:
         print(explain.explain(workdir, FLAGS.explain))
         return
     config, stages = configs.parse(cli.require_config(_config.value))
+    check_folder("--workdir", workdir)
     engine.start(FLAGS.runner, FLAGS.address)
     funnel = run.run(config, stages, workdir, FLAGS.sample)
     print("\n".join(run.damage(funnel)))

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what, where and what to do, in one line.
+    """Something the user can fix: the message says what, where and what to do, in one line.
 
-    The doors (`python -m llama3_jax.…`) print it without a traceback and exit with code 2.
+    The programs (`python -m llama3_jax.…`) print it without a traceback and exit with code 2.
     """

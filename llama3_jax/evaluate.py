@@ -5,10 +5,10 @@
     python -m llama3_jax.evaluate --model=runs/demo/averaged --haystack=moby_dick.txt \\
         --lengths=4096,32768,131072 --keys=1,4 --mesh=context=8
 
---model is a run's workdir (its newest checkpoint), one checkpoint, or a model folder (the averaged
-one, converted weights); the last needs --tokenizer where none lies beside it. Needles are scored in
-one forward pass each, rows spread over the mesh's context axis. --output gets results.json and, with
-needles, evaluation.html with the heat map.
+--model is a run's workdir (its newest checkpoint), one checkpoint, a model folder (the averaged
+one, converted weights), or a Hugging Face directory; where no tokenizer lies beside it, give one by
+--tokenizer. Needles are scored in one forward pass each, rows spread over the mesh's context axis.
+--output gets results.json and, with needles, evaluation.html with the heat map.
 """
 
 from pathlib import Path
@@ -26,13 +26,13 @@ from llama3_jax.evaluation.metrics import Metric, bits_per_byte
 from llama3_jax.evaluation.needle import STATEMENT
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import EvaluationConfig, Suite, needle_summary
-from llama3_jax.files import write_json
+from llama3_jax.files import check_output_file, remove, write_json
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.reporting.evaluation import heat_maps
 from llama3_jax.reporting.page import Section, plots_html, write_page
 from llama3_jax.schema import parse
-from llama3_jax.training.checkpoint import load_model
+from llama3_jax.training.loading import check_tokenizer, find_tokenizer, load
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import abstract_canonical, params_from_canonical
 
@@ -42,7 +42,9 @@ RESULTS_FILE, PAGE_FILE = "results.json", "evaluation.html"
 
 def define_flags() -> None:
     processes.define_flags()
-    flags.DEFINE_string("model", None, "Run, checkpoint or model folder.", required=True)
+    flags.DEFINE_string(
+        "model", None, "Run, checkpoint, model folder or Hugging Face weights.", required=True
+    )
     flags.DEFINE_string("tokenizer", None, "A .tiktoken file or folder; default: the run's.")
     flags.DEFINE_multi_string("task", [], "name=FILE.jsonl or name=olmo:TASK; several times.")
     flags.DEFINE_multi_string("held_out", [], "name=CORPUS, tokenised; several times.")
@@ -57,6 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_tokens", 16_384, "Tokens computed at once.", lower_bound=1)
     flags.DEFINE_string("mesh", "", "Devices along the axes, as data=2,context=4.")
     flags.DEFINE_string("output", None, "Folder for results.json and evaluation.html.")
+    cli.define_overwrite()
 
 
 def main(_) -> None:
@@ -73,6 +76,9 @@ def main(_) -> None:
             keys=_numbers("keys"), statement=FLAGS.statement,
         )  # fmt: skip
     config = parse(EvaluationConfig, values, "flags")
+    if FLAGS.output:
+        for name in (RESULTS_FILE, PAGE_FILE):
+            check_output_file("--output", Path(FLAGS.output) / name, FLAGS.overwrite)
     mesh = parse(MeshConfig, {key: int(n) for key, n in _split(FLAGS.mesh, "mesh")}, "--mesh")
     with processes.joined(processes.from_flags()):
         evaluate(config, mesh, held_out)
@@ -81,9 +87,7 @@ def main(_) -> None:
 def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str]) -> None:
     corpora = {name: Corpus(place) for name, place in held_out.items()}
     path = Path(FLAGS.model)
-    folder = FLAGS.tokenizer or tokenizers.find(path)
-    if folder is None:
-        raise UserError(f"{path}: no tokenizer folder beside the model; give one by --tokenizer")
+    folder = find_tokenizer(path, FLAGS.tokenizer)
     tokenizer = tokenizers.load(folder)
     for corpus in corpora.values():
         if corpus.info.tokenizer != tokenizer.fingerprint:
@@ -92,11 +96,8 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
     if config.needle:
         suite.check_lengths(config.needle.lengths)
     layout = make_mesh(mesh, jax.devices()[:1] if mesh == MeshConfig() else None)
-    loaded = load_model(
-        path, lambda model: abstract_canonical(model, OptimizerConfig(), layout).params
-    )
-    if loaded.tokenizer not in (None, tokenizer.fingerprint):
-        raise UserError(f"the model was trained with another tokenizer than {folder}")
+    loaded = load(path, lambda model: abstract_canonical(model, OptimizerConfig(), layout).params)
+    check_tokenizer(loaded, tokenizer)
     params = params_from_canonical(loaded.params, loaded.config, layout)
     scorer = Scorer(loaded.config, params, layout, config.batch_tokens)
 
@@ -119,7 +120,7 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
         results["needle"] = needle_summary(found)
     if FLAGS.output and processes.is_first():
         output = Path(FLAGS.output)
-        output.mkdir(parents=True, exist_ok=True)
+        remove(output / PAGE_FILE)  # an older one would be of other results
         write_json(output / RESULTS_FILE, results)
         if config.needle:
             plots = heat_maps(path.name, results["needle"])

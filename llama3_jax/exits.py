@@ -5,6 +5,7 @@ fails or is interrupted therefore does not unwind them: it stops its children, r
 written and ends.
 """
 
+import atexit
 import contextlib
 import errno
 import os
@@ -34,10 +35,11 @@ _USER_ERRORS = {
     errno.EINVAL,
 }  # fmt: skip
 # How tensorstore and Rust's libraries name an error of the system.
-_NATIVE = re.compile(r"os error (\d+)", re.IGNORECASE)
+_NATIVE = re.compile(r"os[ _]error(?:_code=.)? ?(\d+)", re.IGNORECASE)
 # Called instead of ending, by an interrupt: by those whom other processes wait for.
 before_interrupt: list[Callable[[], Any]] = []
 _FLUSH_SECONDS = 2.0
+_leaving = threading.Lock()
 
 
 def fail(message: Any) -> int:
@@ -101,11 +103,23 @@ def _free(path: Path) -> int:
 # ---- the end ----
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process now: children stopped, nothing half written, output printed."""
+def leave(code: int, line: str = "") -> NoReturn:
+    """Ends the process now: children stopped, nothing half written, output printed.
+
+    `line` is the last on standard error. After a success what libraries registered for the end is
+    called first, as Python does itself.
+    """
+    if code == 0:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    _leaving.acquire()  # for ever, where another thread ends the process
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(_FLUSH_SECONDS)  # whoever is to read it may be stopped
+    if line:
+        os.write(2, line.encode() + b"\n")
+    # What other threads, or children, say of being ended is of no interest.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _kill_children()
     files.remove_unfinished()
     os._exit(code)
@@ -120,13 +134,17 @@ def _flush() -> None:
 
 
 def _kill_children() -> None:
-    """All that this process started, and they, in turn; not what it started in a new session."""
+    """All that this process started, and they, in turn; not what it started in a new session.
+
+    Python's tracker of shared memory stays: it removes what is left, and ends by itself.
+    """
     import psutil  # not for each program's start
 
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error, OSError):
-                if os.getsid(child.pid) == os.getsid(0):
+                tracker = "multiprocessing.resource_tracker" in " ".join(child.cmdline())
+                if os.getsid(child.pid) == os.getsid(0) and not tracker:
                     child.kill()
 
 
@@ -171,5 +189,4 @@ def _watch(readable: int) -> None:
         if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _heard:
             for call in before_interrupt:
                 call()
-            os.write(2, b"interrupted\n")
-            leave(EXIT_INTERRUPTED)
+            leave(EXIT_INTERRUPTED, "interrupted")

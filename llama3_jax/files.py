@@ -1,6 +1,7 @@
 """Files that are either whole or absent, and outputs that replace nothing unless told to."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -122,15 +123,21 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        remove(temporary)
+        _remove_all(temporary)
         _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
     """Removes what `atomic_path` has under way: for a process that ends without unwinding."""
-    for path in list(_unfinished):
+    for temporary in list(_unfinished):
         with contextlib.suppress(OSError):
-            remove(path)
+            _remove_all(temporary)
+
+
+def _remove_all(temporary: Path) -> None:
+    """With what a library has beside it until it is whole, under a longer name."""
+    for path in temporary.parent.glob(f"{glob.escape(temporary.name)}*"):
+        remove(path)
 
 
 def remove(path: Path) -> None:

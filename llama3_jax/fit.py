@@ -26,9 +26,8 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]) -> None:
     name = arguments[1] if len(arguments) > 1 else ""
-    if name in ("--help", "--helpshort", "-h"):
-        print(__doc__)
-        return
+    if name in cli.HELP:
+        cli.run(lambda _: None, [arguments[0], "--help"], doc=__doc__)
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         said = f"{name!r} is no command" if name else "a command is missing"

@@ -28,29 +28,47 @@ TOUCH_SECONDS, DEAD_SECONDS = 5.0, 60.0
 def locked(folder: Path, option: str = "--workdir") -> Iterator[None]:
     """Makes `folder`, if need be, and keeps others out of it for the length of the block.
 
+    A folder that it made, and that is empty in the end, is removed.
+
     Raises:
       UserError: another process works in it; names that one, its host and since when.
     """
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _refusal(folder, option, file.seek(0) or file.read()) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            with _touched(folder, option):
-                yield
-            return
-        file.truncate(0)
-        file.write(_record())
-        file.flush()
-        try:
+    try:
+        with _held(folder, option):
             yield
-        finally:
-            file.truncate(0)  # the next one to be refused must not read of this process
+    finally:
+        with contextlib.suppress(OSError):
+            for path in absent:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _held(folder: Path, option: str) -> Iterator[None]:
+    path = folder / LOCK_FILE
+    while True:
+        with open(path, "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _refusal(folder, option, file.seek(0) or file.read()) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                with _touched(folder, option):
+                    yield
+                return
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # the one before removed it meanwhile
+            file.truncate(0)
+            file.write(_record())
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
+from llama3_jax.files import check_folder
 from llama3_jax.launching import look, prepare, slurm
 from llama3_jax.launching.locks import Locks
 from llama3_jax.launching.runner import wake_supervisor
@@ -66,6 +67,7 @@ def launch(overrides: list[str]) -> int:
     units = [unit.model_copy(update={"requirements": unit.requirements.model_copy(
         update={"slurm": (*unit.requirements.slurm, *FLAGS.slurm)})}) for unit in units]  # fmt: skip
     file = FLAGS.config.partition(":")[0]
+    check_folder("--root", FLAGS.root)
     local = FLAGS.executor == "local"
     if not local:
         slurm.require()

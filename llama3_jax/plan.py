@@ -18,7 +18,7 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.files import write_json
+from llama3_jax.files import check_output_file, write_json
 from llama3_jax.parallel.schedule import chart, make_schedule, simulate
 from llama3_jax.planning import tables
 from llama3_jax.planning.case import Case, cases_of, named
@@ -44,13 +44,17 @@ def define_flags() -> None:
     flags.DEFINE_integer("best", 3, "How many layouts --search compiles and shows.", lower_bound=1)
     flags.DEFINE_bool("show_schedule", False, "Print the stage's pipeline schedule, and stop.")
     flags.DEFINE_integer("document_length", None, "Mean tokens of a document; by default a row's.")
-    flags.DEFINE_string("json", None, "Where all numbers go.")
+    flags.DEFINE_string("json", None, "File for all numbers.")
+    cli.define_overwrite()
     flags.DEFINE_string("constants", None, "JSON of measured constants {name: {value, source}}.")
 
 
 def main(_) -> int:
     cases = cases_of(parse(RunConfig, cli.require_config(FLAGS.config)))
     constants = load_constants(FLAGS.constants)
+    if FLAGS.json:
+        inputs = [FLAGS.constants] if FLAGS.constants else []
+        check_output_file("--json", FLAGS.json, FLAGS.overwrite, inputs)
     if FLAGS.show_schedule:
         show_schedule(named(cases, FLAGS.stage))
         return 0

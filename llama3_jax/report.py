@@ -13,6 +13,9 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
+from llama3_jax.files import check_output_file
+from llama3_jax.reporting.page import REPORT_FILE
+from llama3_jax.reporting.records import require_run
 from llama3_jax.reporting.run import write_run_report
 
 FLAGS = flags.FLAGS
@@ -25,7 +28,10 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: the directory of a run")
-    path = write_run_report(Path(FLAGS.workdir))
+    workdir = Path(FLAGS.workdir)
+    require_run(workdir)
+    check_output_file("--workdir", workdir / REPORT_FILE, overwrite=True)
+    path = write_run_report(workdir)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -24,7 +24,8 @@ from absl import flags
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.files import write_json
+from llama3_jax.files import check_folder, write_json
+from llama3_jax.folder_lock import locked
 from llama3_jax.kernels import dispatch
 from llama3_jax.model.transformer import Params
 from llama3_jax.parallel import processes
@@ -101,8 +102,11 @@ def main(_) -> int:
     if FLAGS.replay_event is not None:
         print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
         return 0
+    workdir = check_folder("--workdir", FLAGS.workdir)
     with processes.joined(processes.from_flags()) as watch:
-        return train(prepare(config), Path(FLAGS.workdir), watch)
+        run = prepare(config)
+        with locked(workdir) if processes.is_first() else contextlib.nullcontext():
+            return train(run, workdir, watch)
 
 
 def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:

@@ -16,6 +16,7 @@ from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import init_params
 from llama3_jax.training.checkpoint import load_model, save_model
+from llama3_jax.training.loading import load_with_tokenizer
 
 LLAMA3 = Path(__file__).parent / "model" / "golden" / "llama3"
 
@@ -56,11 +57,34 @@ def test_tokenizer_and_text_ends_are_those_of_the_run(tmp_path, byte_tokenizer):
     )
 
 
+def test_the_tokenizer_goes_with_the_weights_and_back(tmp_path, byte_tokenizer, capsys):
+    config = ModelConfig(
+        vocab_size=272, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn_dim=8
+    )  # fmt: skip
+    theirs, ours, again = (tmp_path / name for name in ("theirs", "ours", "again"))
+    hf.save(theirs, config, init_params(config, 0), bos_token_id=256, eos_token_id=257)
+    tokenizers.load(byte_tokenizer).save_json(theirs / "tokenizer.json")
+    convert(theirs, ours)
+    loaded, tokenizer = load_with_tokenizer(ours, None)
+    assert loaded.tokenizer == tokenizer.fingerprint == tokenizers.load(byte_tokenizer).fingerprint
+    convert(ours, again)
+    assert (again / "tokenizer.json").read_text() == (theirs / "tokenizer.json").read_text()
+
+    (theirs / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    convert(theirs, tmp_path / "without")
+    assert "warning: converted without the tokenizer: " in capsys.readouterr().err
+    assert load_model(tmp_path / "without").tokenizer is None
+
+
 def test_refusals(tmp_path):
     with pytest.raises(UserError, match="--from=.* is neither a Hugging Face directory"):
         convert(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="--to=.* exists and is not an empty directory"):
+    with pytest.raises(UserError, match="--to=.* is also an input"):
         convert(LLAMA3, LLAMA3)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("precious")
+    with pytest.raises(UserError, match="--to=.*taken exists and is not empty; .*--overwrite"):
+        convert(LLAMA3, tmp_path / "taken")
     with pytest.raises(UserError, match="--dtype is for Hugging Face weights"):
         convert(LLAMA3, tmp_path / "out", dtype="float32")
     with pytest.raises(UserError, match="--max_length is for Hugging Face weights"):

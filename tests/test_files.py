@@ -156,8 +156,12 @@ def test_one_process_at_a_time_in_a_folder(tmp_path, kind, monkeypatch):
                 pass
     with locked(tmp_path / "run"):  # that one was killed
         pass
-    left = [path for path in (tmp_path / "run").iterdir() if path.stat().st_size]
-    assert left == []
+        (tmp_path / "run" / "result").write_text("")
+    # The lock's file of a file system without locks stays there, and is empty.
+    assert sum(path.stat().st_size for path in (tmp_path / "run").iterdir()) == 0
+    with pytest.raises(KeyError), locked(tmp_path / "new" / "run"):
+        raise KeyError
+    assert (tmp_path / "new").exists() == (kind == "none")
 
 
 def test_without_locks_a_host_that_died_is_told_by_its_silence(tmp_path, monkeypatch):

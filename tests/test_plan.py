@@ -75,7 +75,7 @@ def test_one_line_for_what_cannot_be(door, arguments, message):
 
 def test_a_machine_without_the_compiler_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(compiler, "_PLUGINS", ("jax_plugins.absent",))
-    with pytest.raises(UserError, match=r"pip install 'llama3_jax\[plan\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plan\]'"):
         compiler.h100s(8)
 
 

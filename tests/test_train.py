@@ -14,6 +14,7 @@ from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
 
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.tokenizing import Options, tokenize
+from llama3_jax.folder_lock import LOCK_FILE, locked
 from llama3_jax.training.metrics import read_metrics
 
 CONFIG = '''
@@ -201,6 +202,15 @@ def test_too_little_space_is_seen_before_the_start(config, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2
     assert "0.0 MB are free, 3 checkpoints need 1." in result.stderr
+
+
+def test_a_second_run_in_a_workdir_is_refused(forked_door, config, tmp_path):
+    with locked(tmp_path / "run"):
+        result = forked_door("train", config, f"--workdir={tmp_path / 'run'}")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert f"another process works in it (process {os.getpid()} on " in line
 
 
 class TestBadInput:

@@ -1,6 +1,6 @@
 """Extends cl100k_base by 27,744 tokens, as Llama 3 did, beside Hugging Face's trainer and Meta's result.
 
-    pip install 'llama3_jax[demo,tokenizer-benchmark]'
+    pip install -e '.[demo,tokenizer-benchmark]'
     python -m experiments.benchmarks.tokenizer --text=runs/tokenizer_text --json=tokenizer.json
 
 Training text: LibreOffice's help in 11 languages but English (tokenizer_text.py), 20 MB and more;
@@ -64,7 +64,7 @@ def define_flags() -> None:
 def metas_file() -> Path:
     found = util.find_spec("llama_models")
     if found is None:
-        raise UserError('needs Meta\'s ranks: pip install "llama3_jax[tokenizer-benchmark]"')
+        raise UserError("needs Meta's ranks: pip install -e '.[tokenizer-benchmark]'")
     return Path(found.origin).parent / "llama3" / "tokenizer.model"
 
 

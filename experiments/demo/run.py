@@ -1,4 +1,4 @@
-"""The whole recipe in miniature on real text: `make demo`, or python -m experiments.demo.run.
+"""The whole recipe in miniature on real text: `make demo`, or `python -m experiments.demo.run`.
 
 Each part leaves its result under --workdir and is passed over when that is there, so the same
 command goes on where it was interrupted.

@@ -30,7 +30,7 @@ def start(runner: str = "native", address: str | None = None) -> None:
     try:
         import ray
     except ImportError:
-        raise UserError("--runner=ray needs Ray: pip install 'llama3_jax[ray]'") from None
+        raise UserError("--runner=ray needs Ray: pip install -e '.[ray]'") from None
     try:
         ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:

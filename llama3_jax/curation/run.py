@@ -14,7 +14,6 @@ on after any interruption and gives the same files.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -49,6 +48,7 @@ from llama3_jax.curation.registry import Stage
 from llama3_jax.data import tokenizing
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
+from llama3_jax.folder_lock import locked
 from llama3_jax.schema import Config
 
 FULL_BYTES = 1 << 20  # a disk with less to give is what ended a stage
@@ -74,7 +74,7 @@ def run(
         say(f"{source}: {sum(suffixes.values()):,} files of formats that are not read ({listed})")
     if sample:
         pieces = inputs.sample(pieces, sample)
-    with _locked(workdir):
+    with locked(workdir):
         for killed in list(workdir.rglob(".*.tmp")):  # in the middle of writing it
             killed.unlink()
         records = _run_stages(config, stages, pieces, sample, workdir, say)
@@ -334,14 +334,3 @@ def _remove_others(folder: Path, known: set[str]) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in known:
             _remove(path)
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--workdir={workdir}: another run works in it") from None
-        yield

@@ -25,7 +25,10 @@ from typing import Any
 
 # Seconds of the clock for each second of the processor, before a process that sleeps is killed.
 _PATIENCE = 20
-_PROGRAM = "import sys; from llama3_jax.curation import sandbox; sandbox.serve(*sys.argv[1:])"
+_PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"  # the parent decides
+    "from llama3_jax.curation import sandbox; sandbox.serve(*sys.argv[1:])"
+)
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -147,7 +150,6 @@ def serve(descriptor: str, name: str, seconds: str, memory: str) -> None:
     """Answers calls until the parent is gone."""
     module, _, attribute = name.partition(":")
     function: Callable[[Any], Any] = getattr(importlib.import_module(module), attribute)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if int(memory) and sys.platform == "linux":
         with open("/proc/self/statm") as file:

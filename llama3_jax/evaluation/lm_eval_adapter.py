@@ -1,4 +1,4 @@
-"""A model of ours as one of lm-eval's (pip install 'llama3_jax[eval]'), offline.
+"""A model of ours as one of lm-eval's (pip install -e '.[eval]'), offline.
 
     lm = LlamaForLmEval(scorer, tokenizer, length=2048)
     lm_eval.simple_evaluate(model=lm, tasks=[…], task_manager=TaskManager(include_path=…))

@@ -56,7 +56,7 @@ def resolve(operation: str, implementation: str) -> Callable:
             raise
         others = ", ".join(repr(other) for other in known if other != "triton")
         raise UserError(
-            f"{operation}='triton' needs the package triton (pip install 'llama3_jax[gpu]'); "
+            f"{operation}='triton' needs the package triton (pip install -e '.[gpu]'); "
             f"without it: {others}"
         ) from None
 

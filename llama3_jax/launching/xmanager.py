@@ -1,6 +1,6 @@
 """Runs the same experiment file under XManager, on this machine.
 
-    pip install 'llama3_jax[xmanager]'
+    pip install -e '.[xmanager]'
     python -m llama3_jax.launching.xmanager --config=experiments/scaling_laws/isoflop.py
 
 XManager numbers the experiment and keeps its list (`xmanager` on the command line). What it does not
@@ -40,7 +40,7 @@ def require():
     try:
         from xmanager import xm, xm_local
     except ImportError:
-        raise UserError("XManager is not installed: pip install 'llama3_jax[xmanager]'") from None
+        raise UserError("XManager is not installed: pip install -e '.[xmanager]'") from None
     return xm, xm_local
 
 

@@ -151,7 +151,9 @@ def save(
     directory.parent.mkdir(parents=True, exist_ok=True)
     total_bytes = config.parameter_count() * np.dtype(dtype).itemsize
     if (free := shutil.disk_usage(directory.parent).free) < total_bytes:
-        raise UserError(f"{directory}: needs {total_bytes} bytes, its disk has {free} free")
+        raise UserError(
+            f"{directory.parent}: its disk has {free} bytes free, the weights need {total_bytes}"
+        )
 
     values = _config_values(config, dtype, max_length, bos_token_id, eos_token_id)
     shards = _split(_tensors(config), np.dtype(dtype).itemsize, shard_bytes)

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from jax._src import distributed  # the store has no public name
 
-from llama3_jax.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from llama3_jax import exits
 from llama3_jax.errors import UserError
 
 EXIT_LOST, EXIT_HUNG = 3, 4
@@ -79,10 +79,10 @@ class Watch:
             time.sleep(self._timeout + 4 * self._interval)
         self._ending.acquire()  # for ever, where a verdict is ending this process already
         code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        if isinstance(error, UserError):
-            code, message = EXIT_USER_ERROR, " ".join(str(error).split())
+        if described := exits.described(error):
+            code, message = described[0], " ".join(described[1].split())
         elif isinstance(error, KeyboardInterrupt):
-            code, message = EXIT_INTERRUPTED, "interrupted"
+            code, message = exits.EXIT_INTERRUPTED, "interrupted"
         else:
             traceback.print_exception(error)
         _say(message if self._process == 0 else f"process {self._process}: {message}")

@@ -16,6 +16,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama3_jax import exits
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.liveness import Watch
 
@@ -86,11 +87,13 @@ def joined(joining: Joining) -> Iterator[Watch | None]:
         yield None
         return
     watch = _initialize(arguments, joining.heartbeat_timeout)
+    exits.before_interrupt.append(lambda: watch.leave(KeyboardInterrupt()))
     try:
         yield watch
         watch.finish()
-    except BaseException as error:  # Ctrl-C, too: the others would wait
-        watch.leave(error)
+    except BaseException as error:
+        watch.leave(error)  # the others would wait
+    exits.before_interrupt.clear()
     jax.distributed.shutdown()
 
 

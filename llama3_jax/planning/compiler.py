@@ -59,7 +59,7 @@ def h100s(count: int) -> list[jax.Device]:
     """
     if not any(_installed(name) for name in _PLUGINS):
         raise UserError(
-            "there is no GPU compiler here: pip install 'llama3_jax[plan]' brings JAX's plugin, "
+            "there is no GPU compiler here: pip install -e '.[plan]' brings JAX's plugin, "
             "which needs neither a GPU nor CUDA"
         )
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:

@@ -1,11 +1,15 @@
 """A trained model together with the tokenizer that it was trained with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.data import tokenizer_json
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.transformer import Params
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model
 
 
@@ -17,24 +21,48 @@ def load_with_tokenizer(path: Path, tokenizer: str | None) -> tuple[LoadedModel,
     Raises:
       UserError: no model, no tokenizer, or one that is not the model's.
     """
-    own = tokenizers.find(path)
-    # A run's folder has a config.json of its own.
-    if (path / "config.json").is_file() and not (path / CHECKPOINTS).is_dir():
-        loaded = LoadedModel(*hf.load(path), tokenizer=None)
-        own = own or (path if (path / "tokenizer.json").is_file() else None)
-    else:
-        loaded = load_model(path)
-    folder = tokenizer or own
-    if folder is None:
-        raise UserError(f"{path}: no tokenizer folder beside the model; give one by --tokenizer")
-    found = tokenizers.load(folder)
-    if loaded.tokenizer not in (None, found.fingerprint):
+    loaded = load(path)
+    found = tokenizers.load(find_tokenizer(path, tokenizer))
+    check_tokenizer(loaded, found)
+    return loaded, found
+
+
+def load(path: Path, abstract: Callable[[ModelConfig], Params] | None = None) -> LoadedModel:
+    """As `load_model`, also of Hugging Face weights, which `abstract` leaves in host memory."""
+    if _is_hugging_face(path):
+        return LoadedModel(*hf.load(path), tokenizer=None)
+    return load_model(path, abstract)
+
+
+def find_tokenizer(path: Path, given: str | None) -> Path:
+    """The tokenizer `given`, else the one beside the model in `path`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if given or (own := tokenizers.find(path)):
+        return Path(given or own)
+    if _is_hugging_face(path) and (path / tokenizer_json.FILE).is_file():
+        return path
+    raise UserError(f"{path}: no tokenizer folder beside the model; give one by --tokenizer")
+
+
+def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+      UserError: the model was trained with another one, or lacks ids that this one gives.
+    """
+    if loaded.tokenizer not in (None, tokenizer.fingerprint):
         raise UserError(
             f"the model was trained with tokenizer {loaded.tokenizer}, this one is "
-            f"{found.fingerprint}: give the right one by --tokenizer"
+            f"{tokenizer.fingerprint}: give the right one by --tokenizer"
         )
-    if found.vocab_size > loaded.config.vocab_size:
+    if tokenizer.vocab_size > loaded.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {found.vocab_size} ids, the model {loaded.config.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {loaded.config.vocab_size}"
         )
-    return loaded, found
+
+
+def _is_hugging_face(path: Path) -> bool:
+    # A run's folder has a config.json of its own.
+    return (path / "config.json").is_file() and not (path / CHECKPOINTS).is_dir()

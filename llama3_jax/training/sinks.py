@@ -24,8 +24,7 @@ def check(names: Sequence[SinkName]) -> None:
     """Raises UserError where a sink's package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"config.sinks: {name} is not installed: pip install "
-                            f"'llama3_jax[{name}]'")  # fmt: skip
+            raise UserError(f"config.sinks: {name} is not installed: pip install -e '.[{name}]'")
 
 
 class Sink:

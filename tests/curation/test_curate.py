@@ -25,6 +25,7 @@ from llama3_jax.curation import config as configs
 from llama3_jax.curation import engine, explain, read, registry, run
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.folder_lock import locked
 from llama3_jax.schema import Config
 from tests.curation.page.test_extract import PROSE, page
 from tests.curation.test_warc import record
@@ -420,7 +421,7 @@ def test_bad_configs_are_named(stages, crawl, tmp_path, values, message):
 
 
 def test_two_runs_in_one_folder_are_refused(stages, crawl, tmp_path):
-    with run._locked(tmp_path / "work"), pytest.raises(UserError, match="another run works in it"):
+    with locked(tmp_path / "work"), pytest.raises(UserError, match="another process works in it"):
         curate(crawl, tmp_path / "work")
 
 

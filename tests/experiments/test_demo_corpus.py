@@ -146,7 +146,7 @@ def test_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypat
     with pytest.raises(UserError) as error:
         corpus.build(tmp_path)
     assert "mpmath" in str(error.value) and "\n" not in str(error.value)
-    assert 'pip install "llama3_jax[demo]"' in str(error.value)
+    assert "pip install -e '.[demo]'" in str(error.value)
     # The source that failed leaves no file that could be taken for a whole one.
     assert not (tmp_path / "math.warc.gz").exists()
     assert not list(tmp_path.glob(".*"))

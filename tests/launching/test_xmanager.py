@@ -45,5 +45,5 @@ def test_without_xmanager_one_line_says_so(tmp_path):
         pytest.skip("XManager is installed")
     done = launch(tmp_path, 0)
     assert done.returncode == 2
-    message = "error: XManager is not installed: pip install 'llama3_jax[xmanager]'\n"
+    message = "error: XManager is not installed: pip install -e '.[xmanager]'\n"
     assert done.stderr == message

@@ -50,7 +50,9 @@ def test_what_is_sent(tmp_path):
 def test_a_missing_package_is_named_with_the_way_to_install_it(name):
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
-    with pytest.raises(UserError, match=rf"config.sinks: {name} is not .*llama3_jax\[{name}\]"):
+    with pytest.raises(
+        UserError, match=rf"config.sinks: {name} is not .*pip install -e '\.\[{name}\]'"
+    ):
         sinks.check([name])
 
 

@@ -107,7 +107,7 @@ def _jax_triton():
     except ImportError as error:
         raise UserError(
             f"Triton kernels need jax-triton and JAX's CUDA plugin ({error}); "
-            "pip install 'llama3_jax[gpu]', or choose another implementation"
+            "pip install -e '.[gpu]', or choose another implementation"
         ) from None
     mlir.register_lowering(jax_triton.triton_lib.triton_kernel_call_p, _refuse_cpu, platform="cpu")
     return jax_triton

@@ -7,8 +7,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.files import write_json
+from llama3_jax.files import check_output_file, write_json
 
 FLAGS = flags.FLAGS
 # Where the output is no terminal there is no width to fit into.
@@ -17,6 +18,7 @@ console = Console(soft_wrap=True, highlight=False, width=None if Console().is_te
 
 def define_output() -> None:
     flags.DEFINE_string("json", None, "File that takes all results.")
+    cli.define_overwrite()
 
 
 def define_bootstrap(resamples: int) -> None:
@@ -48,16 +50,15 @@ def required_number(flag: str, what: str) -> float:
     return value
 
 
-def check_writable() -> None:
+def check_outputs(*inputs: str | Path) -> None:
     """
     Raises:
-      UserError: a file to be written has no directory; before anything is computed.
+      UserError: a file to be written is there, is one of `inputs` or cannot be written; before
+        anything is computed.
     """
     for flag in ("json", "report"):
         if flag in FLAGS and FLAGS[flag].value:
-            folder = Path(FLAGS[flag].value).resolve().parent
-            if not folder.is_dir():
-                raise UserError(f"--{flag}: there is no directory {folder}")
+            check_output_file(f"--{flag}", FLAGS[flag].value, FLAGS.overwrite, inputs)
 
 
 def write_result(result: dict[str, Any]) -> None:

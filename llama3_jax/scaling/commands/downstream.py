@@ -5,7 +5,7 @@ from absl import flags
 from llama3_jax.errors import UserError
 from llama3_jax.scaling.commands.common import (
     between,
-    check_writable,
+    check_outputs,
     console,
     define_bootstrap,
     define_output,
@@ -44,7 +44,7 @@ def main() -> None:
     flops = FLAGS.target_flops or FLOPS_PER_PAIR * params * tokens
     if flops <= 0:
         raise UserError(f"--target_flops is {flops:g}; it must be positive")
-    check_writable()
+    check_outputs(path)
     options = Options(
         forms=tuple(dict.fromkeys(FLAGS.forms)), resamples=FLAGS.resamples, level=FLAGS.level,
         seed=FLAGS.seed, average=FLAGS.average, skip=FLAGS.skip,

@@ -9,7 +9,7 @@ from llama3_jax.reporting.page import Section, plots_html, write_page
 from llama3_jax.scaling import isoflop
 from llama3_jax.scaling.commands.common import (
     between,
-    check_writable,
+    check_outputs,
     console,
     define_bootstrap,
     define_output,
@@ -37,7 +37,7 @@ def define_flags() -> None:
 def main() -> None:
     path = required_path("data", "a CSV of runs with columns flops, tokens, loss")
     target = required_number("target_flops", "the budget to extrapolate to")
-    check_writable()
+    check_outputs(path)
     options = isoflop.Options(
         target, FLAGS.resamples, FLAGS.level, FLAGS.seed, tuple(dict.fromkeys(FLAGS.methods))
     )

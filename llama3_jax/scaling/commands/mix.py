@@ -8,7 +8,7 @@ from absl import flags
 from llama3_jax.errors import UserError
 from llama3_jax.scaling.commands.common import (
     between,
-    check_writable,
+    check_outputs,
     console,
     define_output,
     required_path,
@@ -45,7 +45,8 @@ def main() -> None:
     losses = required_path("losses", "a CSV of losses")
     if bool(FLAGS.test_weights) != bool(FLAGS.test_losses):
         raise UserError("--test_weights and --test_losses belong together")
-    check_writable()
+    tests = [path for path in (FLAGS.test_weights, FLAGS.test_losses) if path]
+    check_outputs(weights, losses, *tests)
     runs = read_mix(weights, losses)
     if FLAGS.target not in (*runs.targets, MEAN):
         raise UserError(f"--target {FLAGS.target!r} is unknown; known: mean, "

@@ -5,7 +5,7 @@ import dataclasses
 from absl import flags
 
 from llama3_jax.scaling.commands.common import (
-    check_writable,
+    check_outputs,
     console,
     define_output,
     required_number,
@@ -33,7 +33,7 @@ def main() -> None:
     path = required_path("data", "a CSV of the runs there are")
     target = required_number("target_flops", "the budget whose optimum is wanted")
     budget = required_number("budget", "FLOPs that the next run may cost")
-    check_writable()
+    check_outputs(path)
     plan = plan_next(read_runs(path), target, budget, FLAGS.profile)
     console.print(
         f"now: {plan.target_tokens:.3g} tokens at {target:.3g} FLOPs, standard deviation "

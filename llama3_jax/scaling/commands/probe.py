@@ -4,7 +4,7 @@ from absl import flags
 
 from llama3_jax.scaling.commands.common import (
     between,
-    check_writable,
+    check_outputs,
     console,
     define_output,
     required_path,
@@ -24,7 +24,7 @@ def define_flags() -> None:
 
 def main() -> None:
     path = required_path("data", "a CSV with columns arm, seed, benchmark, score")
-    check_writable()
+    check_outputs(path)
     result = judge(read_probes(path), FLAGS.level)
     level = f"{result['level']:.0%}"
     shown = table(
