@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("runner", "native", ["native", "ray"], "In this process, or on Ray.")
     flags.DEFINE_string("address", None, "Of a Ray cluster: host:6379 or auto. Default: start one.")
     flags.DEFINE_integer("sample", None, "About so many documents a source.", lower_bound=1)
-    flags.DEFINE_string("explain", None, "A URL or document id of an earlier run.")
+    flags.DEFINE_string("explain", None, "A URL, HTML file or document id of an earlier run.")
 
 
 def main(_) -> None:

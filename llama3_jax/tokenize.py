@@ -11,7 +11,8 @@
 train: --base may also be "bytes" (from scratch) and --base_tokens cuts it (Llama 3's first 100256
 are cl100k's). export: the name of --output says the format: *.tiktoken and *.model, *.json
 (Hugging Face), else a folder. encode writes <output>/train and <output>/validation; run it again
-after an interruption: finished pieces are kept. `... COMMAND --help` lists a command's options.
+after an interruption: finished pieces are kept. What is there whole is replaced with --overwrite
+only. `... COMMAND --help` lists a command's options.
 """
 
 import glob
@@ -30,6 +31,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data import tokenizer_stats, tokenizer_training, tokenizing
 from llama3_jax.data.documents import Fields
 from llama3_jax.errors import UserError
+from llama3_jax.files import OVERWRITE, check_folder, check_output_file, check_output_folder
 from llama3_jax.reporting import tokenizers as reporting
 
 FLAGS = flags.FLAGS
@@ -53,6 +55,8 @@ def define_flags(command: str) -> None:
         tokenizer = "A tokenizer folder, a .tiktoken or .model file of ranks, or a tokenizer.json."
         flags.DEFINE_string("tokenizer", None, tokenizer, required=True)
     flags.DEFINE_string("output", None, _OUTPUTS[command], required=True)
+    if command != "stats":
+        cli.define_overwrite()
     if command == "train":
         options = tokenizer_training.Options()
         flags.DEFINE_string("base", None, 'Tokenizer to go on from, or "bytes".', required=True)
@@ -80,7 +84,9 @@ _OUTPUTS = {
 
 
 def train(_) -> None:
-    inputs, output = _inputs(), _folder()
+    inputs = _inputs()
+    given = [] if FLAGS.base == "bytes" else [FLAGS.base]
+    output = check_output_folder("--output", FLAGS.output, FLAGS.overwrite, given)
     base = tokenizer_training.BYTES
     if FLAGS.base != "bytes":
         base = tokenizers.load(FLAGS.base).ranks
@@ -111,7 +117,7 @@ def train(_) -> None:
 
 
 def stats(_) -> None:
-    output = _folder()
+    output = check_folder("--output", FLAGS.output)
     fields = Fields(FLAGS.text_field, language=FLAGS.language_field)
     paths = _pairs("tokenizers", FLAGS.tokenizers)
     if bad := [name for name in paths if not re.fullmatch(r"[\w.-]+", name)]:
@@ -127,7 +133,10 @@ def stats(_) -> None:
 
 
 def export(_) -> None:
-    loaded, output = tokenizers.load(FLAGS.tokenizer), Path(FLAGS.output)
+    output = Path(FLAGS.output)
+    check = check_output_file if output.suffix else check_output_folder
+    check("--output", output, FLAGS.overwrite, [FLAGS.tokenizer])
+    loaded = tokenizers.load(FLAGS.tokenizer)
     if output.suffix == ".json":
         output.parent.mkdir(parents=True, exist_ok=True)
         loaded.save_json(output)
@@ -143,9 +152,14 @@ def export(_) -> None:
 
 
 def encode(_) -> None:
+    inputs, output = _inputs(), check_folder("--output", FLAGS.output)
+    if tokenizing.existing(output) and not FLAGS.overwrite:
+        raise UserError(
+            f"--output={output} holds a corpus; name another folder, or add --{OVERWRITE}"
+        )
     infos = tokenizing.tokenize(
-        _inputs(),
-        Path(FLAGS.output),
+        inputs,
+        output,
         Path(FLAGS.tokenizer),
         tokenizing.Options(FLAGS.text_field, FLAGS.id_field, FLAGS.holdout),
         FLAGS.workers,
@@ -166,14 +180,6 @@ def _inputs() -> list[Path]:
             raise UserError(f"--input={pattern}: no such file")
         inputs += map(Path, matches)
     return inputs
-
-
-def _folder() -> Path:
-    """--output, checked before any work."""
-    path = Path(FLAGS.output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output={path} is a file; name a folder")
-    return path
 
 
 def _pairs(option: str, values: list[str]) -> dict[str, str]:

@@ -36,7 +36,8 @@ _CODE_ENDS = tuple("{};([=\\")
 class C4Config(Config):
     """Which lines go. None switches a length off.
 
-    javascript: lines with that word, which mostly ask to switch it on.
+    javascript: lines with that word, which mostly ask to switch it on. C4's rule as published: prose
+      about JavaScript loses lines to it, too; switch it off for sources that are about programs.
     policies: lines that speak of a site's terms, privacy or cookies.
     citations: the marks [1], [edit] and [citation needed] go, their lines stay. Off, since text about
       programs has x[1].

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from absl import flags
 
+from llama3_jax import cli
 from llama3_jax.curation.fasttext_classifier import FastTextConfig, train_fasttext
 from llama3_jax.curation.label import Judge, LabelConfig, compare, label
 from llama3_jax.curation.labelled import Labelled, read_files, read_labels
 from llama3_jax.curation.roberta_training import RobertaTrainingConfig, train_roberta
 from llama3_jax.errors import UserError
+from llama3_jax.files import check_output_file, check_output_folder
 from llama3_jax.schema import Config, ConfigT, parse
 
 FLAGS = flags.FLAGS
@@ -29,14 +31,15 @@ def _define_label() -> None:
     flags.DEFINE_multi_string("input", [], "Documents: parquet, jsonl(.gz) or txt.")
     flags.DEFINE_string("output", None, "The parquet that takes text and labels.")
     flags.DEFINE_integer("limit", None, "Label the first so many documents.", lower_bound=1)
+    cli.define_overwrite()
     _define_config(LabelConfig)
 
 
 def _label(load: Callable[[Path, str | None], Judge]) -> None:
-    model, output = _required("model"), _required("output")
-    inputs = [Path(path) for path in FLAGS.input]
+    model, inputs = _required("model"), [Path(path) for path in FLAGS.input]
+    output = check_output_file("--output", _required("output"), FLAGS.overwrite, inputs)
     judge = load(Path(model), FLAGS.tokenizer)
-    counts = label(inputs, Path(output), judge, _config(LabelConfig), FLAGS.limit)
+    counts = label(inputs, output, judge, _config(LabelConfig), FLAGS.limit)
     for answer, count in counts.most_common():
         print(f"{answer}: {count} of {counts.total()} documents")
     print(f"wrote {output}")
@@ -60,21 +63,22 @@ def _define_training(cls: type[Config]) -> Callable[[], None]:
             "documents", [], "LABEL=FILE: all documents of the file have the label."
         )
         flags.DEFINE_string("output", None, "Folder of the classifier.")
+        cli.define_overwrite()
         _define_config(cls)
 
     return define
 
 
 def _train_fasttext(_) -> None:
-    config = _config(FastTextConfig)
+    config, output = _config(FastTextConfig), _output_folder()
     documents = _documents(config.characters)
-    _say_trained(train_fasttext(documents, Path(_required("output")), config))
+    _say_trained(train_fasttext(documents, output, config))
 
 
 def _train_roberta(_) -> None:
-    config = _config(RobertaTrainingConfig)
+    config, output = _config(RobertaTrainingConfig), _output_folder()
     documents = _documents(_ROBERTA_CHARACTERS)
-    _say_trained(train_roberta(documents, Path(_required("output")), config))
+    _say_trained(train_roberta(documents, output, config))
 
 
 COMMANDS = {
@@ -103,6 +107,10 @@ def _documents(characters: int) -> list[Labelled]:
             raise UserError(f"--documents={given}: LABEL=FILE, such as positive=references.parquet")
         files.setdefault(name, []).append(Path(path))
     return read_files(files, characters)
+
+
+def _output_folder() -> Path:
+    return check_output_folder("--output", _required("output"), FLAGS.overwrite, FLAGS.input)
 
 
 def _required(flag: str) -> str:

@@ -23,8 +23,9 @@ class Input(Config):
     """One source of documents.
 
     `paths`: files, folders (read with all below them) or patterns. By suffix: .warc(.gz),
-    .html(.gz), .htm, .xhtml, .parquet, .jsonl(.gz, .zst). `url_prefix` + the path below the folder
-    is the URL of an HTML file. `time` of documents that carry none, ISO 8601. `fields`: what
+    .warc.wet(.gz), .html(.gz), .htm, .xhtml, .parquet, .jsonl(.gz, .zst), .json.gz and .json.zst
+    (JSON lines). `url_prefix` + the path below the folder is the URL of an HTML file; without, it is
+    the file's own (file://…). `time` of documents that carry none, ISO 8601. `fields`: what
     parquet columns and JSON fields are called here.
     """
 
@@ -116,13 +117,22 @@ def parse(
     return config, stages
 
 
-def named_files(value: Any) -> list[Path]:
+# Keys whose values are paths, whatever they look like.
+_PATH_KEYS = frozenset(("file", "files", "model", "models", "path", "tokenizer"))
+
+
+def named_files(value: Any, is_path: bool = False) -> list[Path]:
     """Files and folders that a config names: what is in them counts as part of the config."""
     if isinstance(value, str):
-        # A word may happen to be a file's name here; a path in a config has a slash or a suffix.
-        return [Path(value)] if ("/" in value or "." in value) and os.path.exists(value) else []
+        # Elsewhere a word may happen to be a file's name; a path has a slash or a suffix there.
+        is_path = is_path or "/" in value or "." in value
+        return [Path(value)] if is_path and os.path.exists(value) else []
     if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [path for item in value for path in named_files(item)]
+        return [
+            path
+            for key, item in value.items()
+            for path in named_files(item, is_path or key in _PATH_KEYS)
+        ]
+    if isinstance(value, list | tuple):
+        return [path for item in value for path in named_files(item, is_path)]
+    return []

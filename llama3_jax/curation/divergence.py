@@ -133,6 +133,22 @@ def word_buckets(text: pa.Array, buckets: int) -> tuple[words.Pieces, Int[np.nda
     return pieces, (hashes % np.uint64(buckets)).astype(np.int64)
 
 
+def bucket_counts(
+    text: pa.Array, language: Int[np.ndarray, "D"], buckets: int
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Language, bucket and count of what occurs, in order: no array has a place for all buckets."""
+    keys, counts = [], []
+    for part in words.slices(text):
+        pieces, bucket = word_buckets(text[part], buckets)
+        key = language[part][pieces.documents].astype(np.int64) * buckets + bucket
+        for found, values in zip((keys, counts), np.unique(key, return_counts=True), strict=True):
+            found.append(values)
+    key, place = np.unique(np.concatenate(keys), return_inverse=True)
+    count = np.zeros(len(key), np.int64)
+    np.add.at(count, place.reshape(-1), np.concatenate(counts))
+    return key // buckets, key % buckets, count
+
+
 @daft.cls
 class _Counts:
     """Of a batch, the count of each (language, bucket), all in the batch's first row."""
@@ -152,14 +168,8 @@ class _Counts:
     )
     def __call__(self, text: daft.Series, language: daft.Series) -> pa.Array:
         text, languages = text.to_arrow(), language.to_arrow().dictionary_encode()
-        indices, names = languages.indices.to_numpy(), languages.dictionary
-        counts = np.zeros((len(names), self.buckets), np.int64)
-        for part in words.slices(text):
-            pieces, bucket = word_buckets(text[part], self.buckets)
-            key = indices[part][pieces.documents] * self.buckets + bucket
-            counts += np.bincount(key, minlength=counts.size).reshape(counts.shape)
-        which, bucket = np.nonzero(counts)
-        columns = (names.take(pa.array(which)), pa.array(bucket), pa.array(counts[which, bucket]))
+        which, bucket, count = bucket_counts(text, languages.indices.to_numpy(), self.buckets)
+        columns = (languages.dictionary.take(pa.array(which)), pa.array(bucket), pa.array(count))
         offsets = np.full(len(text) + 1, len(which))
         offsets[0] = 0
         lists = [pa.LargeListArray.from_arrays(offsets, column) for column in columns]

@@ -6,8 +6,10 @@ this file imports little.
 """
 
 import datetime
+import email.utils
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +21,10 @@ import pyarrow.parquet as pq
 from llama3_jax.curation import http, warc
 from llama3_jax.files import atomic_path
 
-WARC = (".warc", ".warc.gz")
+WARC = (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz")
 HTML = (".html", ".htm", ".xhtml", ".html.gz")
 PARQUET = (".parquet",)
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (*WARC, *HTML, *PARQUET, *JSONL)
 
 # A row group ends at either: it is what a reader has in memory.
@@ -121,18 +123,37 @@ def _whole_row(row: dict, source: str, file: File, options: Options) -> dict:
 
 
 def iso_time(value: Any) -> str:
-    """ISO 8601 in UTC, or "" for what is no time."""
-    if not isinstance(value, datetime.datetime):
-        try:
-            value = datetime.datetime.fromisoformat(str(value).strip())
-        except ValueError:
-            return ""
-    if value.tzinfo is None:
-        value = value.replace(tzinfo=datetime.UTC)
+    """ISO 8601 in UTC, or "" for what is no time.
+
+    Reads dates, ISO 8601, dates of HTTP, 14 digits (YYYYMMDDhhmmss), and seconds since 1970, or
+    their thousandths, millionths or billionths, from 1990 to 2100.
+    """
     try:
+        if not isinstance(value, datetime.datetime):
+            value = _time(str(value).strip())
+        if value.tzinfo is None:
+            value = value.replace(tzinfo=datetime.UTC)
         return value.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except OverflowError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return ""
+
+
+def _time(text: str) -> datetime.datetime:
+    if _DIGITS.fullmatch(text):
+        if len(text) == 14:
+            return datetime.datetime.strptime(text, "%Y%m%d%H%M%S")
+        seconds = float(text)
+        for unit in (1, 1e3, 1e6, 1e9):
+            if _FIRST_SECOND <= seconds / unit < _LAST_SECOND:
+                return datetime.datetime.fromtimestamp(seconds / unit, datetime.UTC)
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return email.utils.parsedate_to_datetime(text)
+
+
+_DIGITS = re.compile(r"[0-9]{9,19}(?:\.[0-9]{0,9})?")
+_FIRST_SECOND, _LAST_SECOND = 631_152_000, 4_102_444_800  # of 1990, and after 2099
 
 
 class _Writer:
@@ -228,12 +249,13 @@ def _of_record(record: warc.Record, max_bytes: int) -> dict:
 
 
 def _html(file: File, options: Options) -> Iterator[dict | Damage]:
-    path = file.name.split("/", 1)[1]
-    row = {"position": 0, "url": options.url_prefix + path if options.url_prefix else ""}
+    prefix, path = options.url_prefix, file.name.split("/", 1)[1]
+    row = {"position": 0, "url": prefix + path if prefix else Path(file.path).as_uri()}
     try:
         with pa.input_stream(file.path, compression="detect") as stream:
             body = stream.read(options.max_bytes + 1)
     except (OSError, pa.ArrowException) as error:
+        _raise_if_system(error)
         yield row | {"reason": "bad_encoding", "read_detail": str(error)}
         return
     yield row | {"html": body}
@@ -262,34 +284,45 @@ def _jsonl(file: File, options: Options) -> Iterator[dict | Damage]:
 
 def _lines(path: str, limit: int) -> Iterator[tuple[int, bytes | Damage]]:
     """Numbered lines that are not blank; of a longer one than `limit`, its beginning."""
-    number, rest, cut = 0, b"", False
+    number, parts, size, cut = 0, [], 0, False
     with pa.input_stream(path, compression="detect") as stream:
         while True:
             try:
                 part = stream.read(1 << 16)  # all of it is lost with the damage that it ends in
             except (OSError, pa.ArrowException) as error:
+                _raise_if_system(error)
                 yield number, Damage(f"line {number + 1}", 0, str(error))
                 return
-            *lines, last = (rest + part).split(b"\n")
+            *lines, last = part.split(b"\n")
             for line in lines:
                 number += 1
-                if line.strip() and not cut:
-                    yield number, line
-                cut = False
+                whole = b"".join([*parts, line])
+                if whole.strip() and not cut:
+                    yield number, whole
+                parts, size, cut = [], 0, False
+            if not cut:
+                parts.append(last)
+                size += len(last)
+            if (size > limit or not part) and not cut:
+                whole = b"".join(parts)
+                if whole.strip():
+                    yield number + 1, whole
+                parts, size, cut = [], 0, True
             if not part:
-                if last.strip() and not cut:
-                    yield number + 1, last
                 return
-            if len(last) > limit and not cut:
-                yield number + 1, last
-                cut = True
-            rest = b"" if cut else last
+
+
+def _raise_if_system(error: Exception) -> None:
+    """An error with a number is the system's (no right, no disk): it proves no damage of the file."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
 
 
 def _parquet(file: File, options: Options) -> Iterator[dict | Damage]:
     try:
         parquet = pq.ParquetFile(file.path)
     except (OSError, pa.ArrowException) as error:
+        _raise_if_system(error)
         yield Damage("whole file", file.size, str(error))
         return
     wanted = {options.fields.get(name, name) for name in ("url", "time", "html", "text", "title",
@@ -305,6 +338,7 @@ def _parquet(file: File, options: Options) -> Iterator[dict | Damage]:
                     yield _of_fields(values, row, options)
                     row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            _raise_if_system(error)
             size = parquet.metadata.row_group(group).total_byte_size
             yield Damage(f"rows {row} to {number - 1}", size, str(error))
 

@@ -19,6 +19,8 @@ def start(runner: str = "native", address: str | None = None) -> None:
     Raises:
       UserError: an address without Ray, Ray that is not installed, or a cluster that is not there.
     """
+    # It logs each error that it then raises.
+    logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)
     if runner == "native":
         if address:
             raise UserError(f"--address={address} is of a Ray cluster; add --runner=ray")
@@ -44,7 +46,7 @@ def spread(jobs: daft.DataFrame, number: int) -> daft.DataFrame:
 
 
 def patient(attempt: Callable[[], ResultT]) -> ResultT:
-    """`attempt()`, again where a cluster lost a worker on the way: it must start from the start."""
+    """`attempt()`, again where a cluster lost a worker on the way: it must bear what is half done."""
     for number in range(1, ATTEMPTS):
         try:
             return attempt()

@@ -1,15 +1,17 @@
 """Which stage decided what about a document, why, and its text before and after."""
 
 import difflib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llama3_jax.curation import urls
-from llama3_jax.curation.layout import STAGES, files
+from llama3_jax.curation import parts, urls
+from llama3_jax.curation.layout import STAGE_FILE, STAGES, files
 from llama3_jax.curation.page import encoding
 from llama3_jax.errors import UserError
 
@@ -30,24 +32,37 @@ def explain(workdir: Path, wanted: str) -> str:
     stages = sorted((workdir / STAGES).glob("[0-9]*")) if workdir.is_dir() else []
     if not stages:
         raise UserError(f"--workdir={workdir}: no finished stage; run it without --explain first")
-    found = list(_find(stages[0], "doc", wanted) or _find(stages[0], "url", wanted))
-    found = found or _alike(stages[0], wanted)
+    found = _find(stages[0], wanted, Path(wanted).absolute().as_uri()) or _alike(stages[0], wanted)
     if not found:
-        raise UserError(f"--explain={wanted}: no such URL or document id in {workdir}")
+        raise UserError(f"--explain={wanted}: no such URL, file or document id in {workdir}")
     return "\n\n".join(_story(stages, first) for first in found)
 
 
-def _find(stage: Path, column: str, value: str) -> list[dict[str, Any]]:
-    """Rows of a stage, kept and rejected, with this value."""
+def _find(stage: Path, *wanted: str) -> list[dict[str, Any]]:
+    """Rows of the first stage, kept and rejected, with one of these as document id or URL."""
     rows = []
-    for kind in ("kept", "rejected"):
-        for path in files(stage / kind):
-            file = pq.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                mask = pc.equal(file.read_row_group(group, [column])[column], value)
-                if pc.any(mask).as_py():
-                    rows += file.read_row_group(group).filter(mask).to_pylist()
+    for path in files(stage / "kept") + files(stage / "rejected"):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            keys = file.read_row_group(group, ["doc", "url"])
+            masks = [pc.is_in(keys[name], pa.array(wanted)) for name in ("doc", "url")]
+            mask = pc.or_(*masks)
+            if pc.any(mask).as_py():
+                rows += file.read_row_group(group).filter(mask).to_pylist()
     return rows
+
+
+def _row(stage: Path, doc: str) -> dict[str, Any] | None:
+    """The document's row of a later stage: in the part to which its name leads."""
+    number = json.loads((stage / STAGE_FILE).read_bytes()).get("parts")
+    name = "*.parquet" if number is None else parts.part_name(parts.part_of(doc, number))
+    for path in sorted([*stage.glob(f"kept/{name}"), *stage.glob(f"rejected/{name}")]):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            mask = pc.equal(file.read_row_group(group, ["doc"])["doc"], doc)
+            if pc.any(mask).as_py():
+                return file.read_row_group(group).filter(mask).to_pylist()[0]
+    return None
 
 
 def _alike(stage: Path, url: str) -> list[dict[str, Any]]:
@@ -56,7 +71,7 @@ def _alike(stage: Path, url: str) -> list[dict[str, Any]]:
     for path in files(stage / "kept") + files(stage / "rejected"):
         each = pq.ParquetFile(path).read(["url"])["url"].to_pylist()
         found.update(u for u in each if u and _canonical(u) == wanted)
-    return [row for each in sorted(found) for row in _find(stage, "url", each)]
+    return _find(stage, *sorted(found)) if found else []
 
 
 def _canonical(url: str) -> str:
@@ -70,10 +85,9 @@ def _story(stages: list[Path], first: dict[str, Any]) -> str:
     lines = [f"{first['url'] or 'no URL'} (document {first['doc']}, source {first['source']})"]
     before: dict[str, Any] = {}
     for stage in stages:
-        rows = _find(stage, "doc", first["doc"])
-        if not rows:
+        row = first if stage is stages[0] else _row(stage, first["doc"])
+        if row is None:
             break
-        row = rows[0]
         name = stage.name.split("_", 1)[1]
         reason = row.get("reason")
         lines.append(f"\n{name}: {f'REJECTED, {reason}' if reason else 'kept'}")

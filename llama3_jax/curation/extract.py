@@ -15,7 +15,7 @@ from llama3_jax.curation.page.extract import Document, Rejection
 from llama3_jax.curation.sandbox import Killed, Sandbox
 from llama3_jax.schema import Config
 
-VERSION = 3
+VERSION = 4
 PAGES_PER_BATCH = 64
 EXTRACTOR = "llama3_jax.curation.page.extract:extract"
 

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def plan(inputs: Mapping[str, Input]) -> list[Piece]:
         pieces += [Piece(source, (f,)) for f in files if not f.path.lower().endswith(HTML)]
         pieces += [Piece(source, tuple(group)) for group in _groups(html)]
     return pieces
+
+
+def passed_over(inputs: Mapping[str, Input]) -> dict[str, dict[str, int]]:
+    """How many files in each source's folders are of formats that are not read, by suffix."""
+    found = {}
+    for source, given in inputs.items():
+        suffixes = Counter(
+            _suffix(path)
+            for folder in map(Path, given.paths)
+            if folder.is_dir()
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.lower().endswith(SUFFIXES)
+        )
+        if suffixes:
+            found[source] = dict(suffixes.most_common())
+    return found
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] in ([".gz"], [".zst"], [".bz2"], [".xz"])
+    return "".join(suffixes[-2:] if packed else suffixes[-1:]) or "none"
 
 
 def sample(pieces: list[Piece], documents: int) -> list[Piece]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import daft
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,13 +30,22 @@ def number_of_parts(content_bytes: int) -> int:
     return min(max(-(-content_bytes // PART_BYTES), 1), MAX_PARTS)
 
 
+def part_of(doc: str, parts: int) -> int:
+    return int(doc[:6], 16) * parts >> 24
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
 def write(
     frame: daft.DataFrame, stage: str, folder: Path, parts: int, tokenizer: str | None
 ) -> list[dict[str, Any]]:
     """Writes `folder`/kept and `folder`/rejected; the counts by source, language and reason.
 
     `characters` and, with a tokenizer, `tokens` are brought up to date where a stage changed the
-    length of the text. Raises ValueError where a stage's frame is not what it has to be.
+    length of the text; a text on which the tokenizer fails is rejected as not_tokenized. Raises
+    ValueError where a stage's frame is not what it has to be.
     """
     names = frame.column_names
     if missing := {"doc", "source", "language", "text", "reason"} - set(names):
@@ -82,7 +92,7 @@ def count(table: pa.Table) -> list[dict[str, Any]]:
 
 @daft.func.batch(return_dtype=DataType.int64(), use_process=False)
 def _part_of(doc, *, parts):
-    return pa.array([int(d[:6], 16) * parts >> 24 for d in doc.to_pylist()], pa.int64())
+    return pa.array([part_of(d, parts) for d in doc.to_pylist()], pa.int64())
 
 
 @daft.func.batch(return_dtype=DataType.string(), batch_size=1, use_process=False)
@@ -109,7 +119,7 @@ def _sorted(number: int, stage: str, folder: Path, tokenizer: str) -> list[dict[
         else:
             rows = rows.append_column("stage", pa.array([stage] * len(rows), pa.string()))
         if len(rows):
-            _write(rows, folder / name / f"part-{number:05d}.parquet")
+            _write(rows, folder / name / part_name(number))
     return count(table)
 
 
@@ -119,12 +129,16 @@ def _measured(table: pa.Table, tokenizer: str) -> pa.Table:
         at = table.schema.get_field_index("reason")
         table = table.set_column(at, "reason", table["reason"].cast(pa.large_string()))
     characters = pc.cast(pc.utf8_length(table["text"]), pa.int64())
-    columns = {
+    columns: dict[str, pa.ChunkedArray | pa.Array] = {
         "bytes": pc.cast(pc.binary_length(table["text"]), pa.int64()),
         "characters": characters,
     }
     if tokenizer:
-        columns["tokens"] = _tokens(table, characters, tokenizer)
+        columns["tokens"], failed = _tokens(table, characters, tokenizer)
+        if failed:
+            own = np.full(len(table), None, object)
+            own[failed] = "not_tokenized"
+            columns["reason"] = pc.coalesce(table["reason"], pa.array(own, pa.string()))
     for name, values in columns.items():
         if name in table.column_names:
             table = table.set_column(table.schema.get_field_index(name), name, values)
@@ -133,20 +147,25 @@ def _measured(table: pa.Table, tokenizer: str) -> pa.Table:
     return table
 
 
-def _tokens(table: pa.Table, characters: pa.ChunkedArray, tokenizer: str) -> pa.Array:
-    """Token counts, taken over for texts of unchanged length."""
+def _tokens(
+    table: pa.Table, characters: pa.ChunkedArray, tokenizer: str
+) -> tuple[pa.Array, list[int]]:
+    """Token counts, taken over for texts of unchanged length; the rows that cannot be counted."""
     if "tokens" in table.column_names:
         stale = pc.fill_null(pc.not_equal(characters, table["characters"]), True)
         counts = table["tokens"].to_numpy().copy()
     else:
         stale = pa.chunked_array([pa.array([True] * len(table))])
         counts = pa.array([0] * len(table), pa.int64()).to_numpy().copy()
-    rows = pc.indices_nonzero(stale).to_numpy()
+    rows, failed = pc.indices_nonzero(stale).to_numpy(), []
     if len(rows):
         encoder = _tokenizer(tokenizer)
         for row, text in zip(rows, table["text"].take(rows).to_pylist(), strict=True):
-            counts[row] = len(encoder.encode(text))
-    return pa.array(counts, pa.int64())
+            try:
+                counts[row] = len(encoder.encode(text))
+            except ValueError:
+                failed.append(row)
+    return pa.array(counts, pa.int64()), failed
 
 
 @functools.lru_cache(maxsize=2)

@@ -23,7 +23,7 @@ from llama3_jax.curation import pii_patterns
 from llama3_jax.curation.pii_patterns import Kind
 from llama3_jax.schema import Config
 
-VERSION = 1
+VERSION = 2
 
 
 class PiiConfig(Config):

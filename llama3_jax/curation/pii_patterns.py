@@ -42,10 +42,16 @@ def find(text: str, finders: Iterable[Finder] | None = None) -> list[Item]:
     for finder in FINDERS if finders is None else finders:
         by_kind.setdefault(finder.kind, set()).update(finder.spans(text))
     for kind, spans in by_kind.items():
+        own: list[Item] = []
+        at = end = 0  # the first item found that may overlap; where this kind's last one ends
         for start, stop in sorted(spans):
-            if all(stop <= item.start or item.stop <= start for item in found):
-                found.append(Item(kind, start, stop))
-    return sorted(found, key=lambda item: item.start)
+            while at < len(found) and found[at].stop <= start:
+                at += 1
+            if end <= start and (at == len(found) or stop <= found[at].start):
+                own.append(Item(kind, start, stop))
+                end = stop
+        found = sorted([*found, *own], key=lambda item: item.start)
+    return found
 
 
 def luhn(digits: str) -> bool:
@@ -239,12 +245,21 @@ _AMERICA = re.compile(
     r"(?![\w\-]|\.\d)",
     re.A,
 )
-_WORDS = (
-    "tel", "tél", "telephone", "téléphone", "phone", "telefon", "teléfono", "telefone", "telefono", "mobile", "handy",
-    "fax", "whatsapp", "тел", "телефон", "电话", "電話", "手机", "전화", "هاتف", "फ़ोन",
+# No letter stands before these ("hotel 1234567" names no telephone).
+_WHOLE_WORDS = (
+    "tel", "tél", "telephone", "téléphone", "phone", "cellphone", "telefon", "mobiltelefon", "teléfono", "telefone",
+    "telefono", "mobile", "handy", "fax", "telefax", "whatsapp", "тел", "телефон",
 )  # fmt: skip
+# Of scripts that write the words before them, or an article, without a space.
+_JOINED_WORDS = ("电话", "電話", "手机", "전화", "هاتف", "फ़ोन")
 _NAMED = re.compile(
-    rf"(?i:{'|'.join(_WORDS)})[.:：]{{0,2}}+[ \t]{{0,3}}+(?P<number>\(?\d{{1,5}}+\)?(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{1,6}}+)(?!\w)"
+    rf"(?i:(?<![^\W\d_])(?:{'|'.join(_WHOLE_WORDS)})|{'|'.join(_JOINED_WORDS)})[.:：]{{0,2}}+[ \t]{{0,3}}+"
+    rf"(?P<number>\(?\d{{1,5}}+\)?(?:{_SEPARATORS}\(?\d{{1,5}}+\)?){{1,6}}+)(?!\w)"
+)
+_YEAR = r"(?:19|20)\d\d"
+# Years, ranges of them and dates: what follows the name of a product or a company, too.
+_DATES = re.compile(
+    rf"{_YEAR}(?:[ \-/]{{1,3}}{_YEAR})++|{_YEAR}[\-./]\d\d?[\-./]\d\d?|\d\d?[\-./]\d\d?[\-./]{_YEAR}"
 )
 
 
@@ -255,7 +270,7 @@ def _phones(pattern: re.Pattern, least: int) -> Callable[[str], Iterator[tuple[i
             number = match["number"]
             if number.endswith(")") and number.count("(") < number.count(")"):
                 stop -= 1
-            if least <= sum(one.isdigit() for one in number) <= 15:
+            if least <= sum(one.isdigit() for one in number) <= 15 and not _DATES.fullmatch(number):
                 yield start, stop
 
     return finder
@@ -296,7 +311,9 @@ FINDERS = (
     Finder("phone", r"\+\(?[1-9][0-9 .()/\-\x{a0}\x{2011}]{6}", _phones(_PLUS, 8)),
     Finder("phone", r"[2-9][0-9]{2}\)? ?[ .\-]?[2-9][0-9]{2}[ .\-][0-9]{4}", _phones(_AMERICA, 10)),
     Finder(
-        "phone", rf"(?i:{'|'.join(_WORDS)})[.:：]{{0,2}}[ \t]{{0,3}}\(?[0-9]", _phones(_NAMED, 7)
+        "phone",
+        rf"(?i:{'|'.join(_WHOLE_WORDS + _JOINED_WORDS)})[.:：]{{0,2}}[ \t]{{0,3}}\(?[0-9]",
+        _phones(_NAMED, 7),
     ),
 )
 GATE = "|".join(finder.gate for finder in FINDERS)

@@ -20,7 +20,7 @@ from llama3_jax.curation.documents import Damage, File, Options, Piece
 from llama3_jax.curation.sandbox import Killed, Sandbox
 from llama3_jax.files import write_json
 
-VERSION = 1
+VERSION = 2
 
 
 def read(

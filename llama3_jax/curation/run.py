@@ -13,6 +13,7 @@ on after any interruption and gives the same files.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -50,6 +51,8 @@ from llama3_jax.files import write_json
 from llama3_jax.folder_lock import locked
 from llama3_jax.schema import Config
 
+FULL_BYTES = 1 << 20  # a disk with less to give is what ended a stage
+
 
 def run(
     config: CurationConfig,
@@ -65,7 +68,10 @@ def run(
     Raises:
       UserError: an input that is not there, or a folder that another process works in.
     """
-    pieces = inputs.plan(config.inputs)
+    pieces, others = inputs.plan(config.inputs), inputs.passed_over(config.inputs)
+    for source, suffixes in others.items():
+        listed = ", ".join(f"{suffix} {number:,}" for suffix, number in suffixes.items())
+        say(f"{source}: {sum(suffixes.values()):,} files of formats that are not read ({listed})")
     if sample:
         pieces = inputs.sample(pieces, sample)
     with locked(workdir):
@@ -77,6 +83,8 @@ def run(
             "inputs": records[0].pop("inputs"),
             "stages": [{"stage": r["stage"], "counts": r["counts"]} for r in records],
         }
+        if others:
+            funnel["files_not_read"] = others
         last = workdir / STAGES / records[-1]["folder"]
         _write_documents(config, last, records[-1]["fingerprint"], workdir / DOCUMENTS)
         if config.tokens.tokenizer:
@@ -101,7 +109,8 @@ def _run_stages(
     fingerprint = _fingerprint(read.VERSION, given, [list(piece) for piece in pieces], sample)
 
     def make_read(folder: Path) -> dict[str, Any]:
-        account = read.read(pieces, dict(config.inputs), sample, folder)
+        # Again after a lost worker: pieces that are done stay.
+        account = engine.patient(lambda: read.read(pieces, dict(config.inputs), sample, folder))
         return {"counts": _count_read(folder), "inputs": account}
 
     records = [_stage(workdir, 0, "read", fingerprint, make_read, say)]
@@ -112,26 +121,33 @@ def _run_stages(
         fingerprint = _fingerprint(
             before["fingerprint"], stage.name, stage.version, values, tokenizer,
             [_state(path) for path in stage.files(own)],
-            [_state(path) for path in named_files(values) + named_files(tokenizer)],
+            [_state(path) for path in named_files(values | {"tokenizer": tokenizer})],
         )  # fmt: skip
 
         def make(folder: Path, stage=stage, own=own, before=before) -> dict[str, Any]:
-            return {"counts": _apply(stage, own, before, workdir / STAGES, folder, tokenizer)}
+            number = parts.number_of_parts(_kept_bytes(before))
+            counts = _apply(stage, own, before, workdir / STAGES, folder, number, tokenizer)
+            return {"counts": counts, "parts": number}
 
         records.append(_stage(workdir, number, stage.name, fingerprint, make, say))
     return records
 
 
 def _apply(
-    stage: Stage, own: Config, before: dict, stages: Path, folder: Path, tokenizer: str | None
+    stage: Stage,
+    own: Config,
+    before: dict,
+    stages: Path,
+    folder: Path,
+    number: int,
+    tokenizer: str | None,
 ) -> list[dict[str, Any]]:
-    """One stage on what the one before it kept."""
+    """One stage on what the one before it kept, in `number` parts."""
     kept = [row for row in before["counts"] if not row["reason"]]
     if not kept:
         raise UserError(f"stage {before['stage']} kept no document: see its rejected/*.parquet "
                         f"in {stages / before['folder']}")  # fmt: skip
     came_in = files(stages / before["folder"] / "kept")
-    number = parts.number_of_parts(sum(row["bytes"] for row in kept))
 
     def attempt() -> list[dict[str, Any]]:
         for leftover in list(folder.iterdir()):
@@ -148,11 +164,21 @@ def _apply(
         _remove(folder / "unsorted")
         return counts
 
-    counts = engine.patient(attempt)
+    try:
+        counts = engine.patient(attempt)
+    except Exception as error:
+        # Daft's own writers say no more than that a channel is closed.
+        if shutil.disk_usage(folder).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     came, went = sum(row["documents"] for row in kept), sum(row["documents"] for row in counts)
     if came != went:
         raise ValueError(f"stage {stage.name}: {came} documents came, {went} left")
     return counts
+
+
+def _kept_bytes(record: dict[str, Any]) -> int:
+    return sum(row["bytes"] for row in record["counts"] if not row["reason"])
 
 
 def _stacked(above: daft.DataFrame, below: daft.DataFrame) -> daft.DataFrame:
@@ -264,6 +290,7 @@ def _write_tokens(config: CurationConfig, workdir: Path) -> dict[str, Any]:
             split: {"documents": info.documents, "tokens": info.tokens}
             for split, info in infos.items()
         }
+    _remove_others(workdir / TOKENS, set(shards))
     return shards
 
 
@@ -304,6 +331,6 @@ def _remove(path: Path) -> None:
 
 def _remove_others(folder: Path, known: set[str]) -> None:
     """What runs with another config, or interrupted ones, left."""
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in known:
             _remove(path)

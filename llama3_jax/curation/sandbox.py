@@ -4,7 +4,8 @@
     for outcome in sandbox.map([(page, url), …]): ...      # a Killed where the process died of that row
 
 Only the row that did it is lost: the process is started again for the next one. Time is the
-processor's, so that a busy machine changes no result.
+processor's, so that a busy machine changes no result. An error of the system, such as a full disk, is
+no row's fault: it is raised.
 """
 
 import contextlib
@@ -39,6 +40,15 @@ class Killed:
     detail: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _SystemError:
+    """An OSError with a number that a call raised."""
+
+    number: int
+    message: str
+    filename: str | None
+
+
 class Sandbox:
     """Calls of one function, each in one of as many processes as there are callers.
 
@@ -54,7 +64,11 @@ class Sandbox:
         self._idle = self._pools.setdefault(self._started_for, queue.SimpleQueue())
 
     def map(self, arguments: Iterable[tuple]) -> Iterator[Any]:
-        """Yields the results in order, a Killed for each call that did not end."""
+        """Yields the results in order, a Killed for each call that did not end.
+
+        Raises:
+          OSError: a call met an error of the system.
+        """
         child = None
         try:
             for each in arguments:
@@ -62,6 +76,8 @@ class Sandbox:
                 outcome, alive = child.call(each, self._patience)
                 if not alive:
                     child = None
+                if isinstance(outcome, _SystemError):
+                    raise OSError(outcome.number, outcome.message, outcome.filename)
                 yield outcome
         except BaseException:
             if child is not None:  # it may be in the middle of a call
@@ -158,6 +174,13 @@ def _answer(
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         except Exception as error:
-            answer = pickle.dumps(Killed("error", f"{type(error).__name__}: {error}"))
+            answer = pickle.dumps(_failure(error))
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send_bytes(answer)
+
+
+def _failure(error: Exception) -> Killed | _SystemError:
+    if isinstance(error, OSError) and error.errno:
+        name = None if error.filename is None else str(error.filename)
+        return _SystemError(error.errno, error.strerror or str(error), name)
+    return Killed("error", f"{type(error).__name__}: {error}")

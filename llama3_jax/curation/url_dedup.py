@@ -11,7 +11,7 @@ join: a window over the same rows takes ten times the time and memory.
 from pathlib import Path
 
 import daft
-from daft import col
+from daft import col, lit
 from daft import functions as F
 
 from llama3_jax.curation import survivors
@@ -26,8 +26,19 @@ class UrlDedupConfig(Config):
 
 def url_dedup(frame: daft.DataFrame, config: UrlDedupConfig, scratch: Path) -> daft.DataFrame:
     """Adds url_dedup_survivor and reason; needs urls_canonical of the stage urls."""
+    frame = frame.with_column("_page", page())
     ranked = frame.where(F.length(col("urls_canonical")) > 0).select(
-        "urls_canonical", survivors.rank("newest").alias("rank")
+        "_page", survivors.rank("newest").alias("rank")
     )
-    best = survivors.best(ranked, "urls_canonical")
-    return survivors.join(frame, best, "urls_canonical", "url_dedup_survivor", "url_dedup_older")
+    best = survivors.best(ranked, "_page")
+    joined = survivors.join(frame, best, "_page", "url_dedup_survivor", "url_dedup_older")
+    return joined.exclude("_page")
+
+
+def page() -> daft.Expression:
+    """What versions of a page share. Documents without URL share nothing: one partition of a
+
+    cluster would get the text of them all.
+    """
+    known = F.length(col("urls_canonical")) > 0
+    return F.when(known, col("urls_canonical")).otherwise(F.concat(lit(" "), col("doc")))

@@ -10,6 +10,9 @@ A list is a UTF-8 text file, one entry a line; blank lines and what follows a # 
     xxx                    a top-level domain
     example.com/forum      pages of the host (and hosts under it) at this path and below it
 
+or a folder of the UT1 lists, of which the files `domains` and `urls` are read: what is no entry in
+them is passed over, and how many these are is logged.
+
 The paper's own lists ("known to contain adult content", "high volumes of PII") are not public. The
 two built in, lists/adult.txt and lists/pii.txt, are small and hand-made: name your own files, such
 as the folders of the UT1 lists, for real work.
@@ -18,6 +21,7 @@ as the folders of the UT1 lists, for real work.
 import fnmatch
 import functools
 import ipaddress
+import logging
 import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -33,12 +37,17 @@ from llama3_jax.schema import Config
 VERSION = 1
 _FOLDER = Path(__file__).parent / "lists"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+# Hosts and paths that are canonical as they stand: a hundred times as quick as to make them so.
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_STEP = r"/[A-Za-z0-9_~-][A-Za-z0-9_~.-]*"
+_PLAIN = re.compile(rf"(?!www\.){_LABEL}(?:\.{_LABEL})*(?:\.[a-z]{{2,63}})(?:{_STEP})*/?", re.A)
+_UT1_FILES = ("domains", "urls")
 _SESSION = re.compile(r";(?:jsessionid|phpsessid|sid)=[^/;]*+", re.I)
 _COLUMNS = {"canonical": pa.string(), "entry": pa.string(), "reason": pa.string()}
 
 
 class BlockList(Config):
-    """Pages to reject as urls_<name>: `files` are paths, or names of built-in lists."""
+    """Pages to reject as urls_<name>: `files` are files, UT1's folders, or names of built-in lists."""
 
     name: str
     files: tuple[str, ...]
@@ -69,8 +78,8 @@ def urls(frame: daft.DataFrame, config: UrlsConfig, scratch: Path) -> daft.DataF
     Raises:
       UserError: a list that is missing or has a line that is no entry.
     """
-    judge = _Urls(config, tuple((one.name, read_list(one)) for one in config.lists))
-    judged = judge(col("url"))
+    _lists(config)  # an error of a list ends the run here
+    judged = _Urls(config)(col("url"))
     frame = frame.with_column("_urls", judged)
     columns = {"urls_canonical": "canonical", "urls_entry": "entry", "reason": "reason"}
     frame = frame.with_columns({name: col("_urls").get(key) for name, key in columns.items()})
@@ -82,22 +91,66 @@ def list_files(config: UrlsConfig) -> list[Path]:
     return [_path(name) for one in config.lists for name in one.files]
 
 
+def _lists(config: UrlsConfig) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Names and entries, read once in a process while the files stay as they are."""
+    changed = tuple(
+        (str(file), file.stat().st_mtime_ns)
+        for one in config.lists
+        for name in one.files
+        for file in _files(name)
+    )
+    return _read_lists(tuple((one.name, one.files) for one in config.lists), changed)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_lists(lists: tuple, _changed: tuple) -> tuple[tuple[str, frozenset[str]], ...]:
+    return tuple((name, read_list(BlockList(name=name, files=files))) for name, files in lists)
+
+
 def read_list(block: BlockList) -> frozenset[str]:
-    """The entries of a list's files, hosts in lower case and punycode."""
-    entries = set()
+    """The entries of a list's files, hosts in lower case and punycode.
+
+    Raises:
+      UserError: a file that is missing, or has a line that is no entry.
+    """
+    entries: set[str] = set()
     for name in block.files:
-        path = _path(name)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            known = ", ".join(sorted(one.stem for one in _FOLDER.glob("*.txt")))
-            raise UserError(
-                f"urls.lists: {name}: cannot be read as UTF-8 text ({error}); built in: {known}"
-            ) from None
-        for number, line in enumerate(lines, 1):
-            if entry := line.split("#")[0].strip():
-                entries.add(_entry(entry, f"{path}:{number}"))
+        for path in _files(name):
+            _read_entries(path, entries, strict=not _path(name).is_dir())
     return frozenset(entries)
+
+
+def _files(name: str) -> list[Path]:
+    path = _path(name)
+    if path.is_dir():
+        if found := [path / file for file in _UT1_FILES if (path / file).is_file()]:
+            return found
+        raise UserError(f"urls.lists: {name}: a folder without {' or '.join(_UT1_FILES)}")
+    if not path.is_file():
+        known = ", ".join(sorted(one.stem for one in _FOLDER.glob("*.txt")))
+        raise UserError(f"urls.lists: {name}: no such file or folder; built in: {known}")
+    return [path]
+
+
+def _read_entries(path: Path, entries: set[str], strict: bool) -> None:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8", "strict" if strict else "replace")
+    except UnicodeDecodeError as error:
+        raise UserError(f"urls.lists: {path}: cannot be read as UTF-8 text ({error})") from None
+    odd = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if _PLAIN.fullmatch(line):
+            entries.add(line.rstrip("/"))
+        elif entry := line.split("#")[0].strip():
+            try:
+                entries.add(_entry(entry, f"{path}:{number}"))
+            except UserError:
+                if strict:
+                    raise
+                odd += 1
+    if odd:
+        logging.warning("%s: %d lines are no host or host/path and were passed over", path, odd)
 
 
 def _path(name: str) -> Path:
@@ -110,7 +163,7 @@ def _entry(entry: str, where: str) -> str:
         url = canonical("//" + entry, UrlsConfig(lists=()))
     except ValueError as error:
         raise UserError(f"{where}: {entry!r} is no host or host/path ({error})") from None
-    if "://" in entry or " " in entry:
+    if "://" in entry or " " in entry or "\ufffd" in entry:
         raise UserError(f"{where}: {entry!r} is no host or host/path")
     return url.removeprefix("//").rstrip("/")
 
@@ -177,8 +230,9 @@ def find_entry(url: str, entries: frozenset[str]) -> str | None:
 
 @daft.cls
 class _Urls:
-    def __init__(self, config: UrlsConfig, lists: tuple[tuple[str, frozenset[str]], ...]):
-        self.config, self.lists = config, lists
+    def __init__(self, config: UrlsConfig):
+        # Not the lists: millions of entries would travel with every task.
+        self.config = config
 
     @daft.method.batch(
         return_dtype=daft.DataType.struct(
@@ -187,15 +241,18 @@ class _Urls:
         batch_size=4096,
     )
     def __call__(self, url: daft.Series) -> pa.Array:
-        rows = [self.judge(one or "") for one in url.to_pylist()]
+        lists = _lists(self.config)
+        rows = [self.judge(one or "", lists) for one in url.to_pylist()]
         return pa.array(rows, pa.struct(_COLUMNS))
 
-    def judge(self, url: str) -> dict[str, str | None]:
+    def judge(
+        self, url: str, lists: tuple[tuple[str, frozenset[str]], ...]
+    ) -> dict[str, str | None]:
         try:
             address = canonical(url, self.config)
         except ValueError:
             return {"canonical": "", "entry": None, "reason": "urls_malformed"}
-        for name, entries in self.lists:
+        for name, entries in lists:
             if entry := find_entry(address, entries):
                 return {"canonical": address, "entry": entry, "reason": f"urls_{name}"}
         return {"canonical": address, "entry": None, "reason": None}

@@ -6,10 +6,12 @@ uint32, memory-mapped) and the tokenizer that made it.
 """
 
 import bisect
+import errno
 import functools
 import hashlib
 import itertools
 import json
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,9 @@ FORMAT = 1
 # Documents stay in memory for the other rows that they are cut into, which lie in the same window
 # of the packing: as many as hold about this many tokens, but no more than the second number.
 _KEPT_TOKENS, _MAX_KEPT = 2**20, 1024
+# Shards stay open, those of all corpora together up to a quarter of the files a process may have.
+_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_MAX_OPEN = (min(_OPEN_FILES, 4096) if _OPEN_FILES > 0 else 4096) // 4
 
 
 class Shard(Config):
@@ -68,6 +73,34 @@ def decode_record(record: bytes) -> Document:
     (size,) = struct.unpack_from("<I", record)
     tokens = np.frombuffer(record, "<u4", offset=4 + size)
     return Document(record[4 : 4 + size].decode(), tokens)
+
+
+@functools.lru_cache(max(_MAX_OPEN, 8))
+def _open_reader(path: str, owner: object) -> ArrayRecordReader:
+    """The reader of a shard; `owner` tells a corpus from an older one that lay at the same place."""
+    # No read-ahead: documents are read in shuffled order. No threads: it is one at a time.
+    return ArrayRecordReader(
+        path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
+    )
+
+
+def _read_error(path: str, record: int, error: Exception) -> str:
+    """ArrayRecord takes a file that cannot be opened for an empty one: asks the system first."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as system:
+        if system.errno in (errno.EMFILE, errno.ENFILE):
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return f"{path}: too many open files, the limit is {limit}; raise it by ulimit -n"
+        return f"{path}: cannot be read ({system.strerror})"
+    wrong = isinstance(error, IndexError | ValueError | struct.error)
+    if not wrong and not any(word in str(error) for word in ("Corrupted", "DATA_LOSS")):
+        return f"{path}: cannot be read at record {record} ({error})"
+    return (
+        f"{path}: damaged at record {record} ({error}); "
+        "delete the file and run llama3_jax.tokenize again"
+    )
 
 
 class Corpus:
@@ -116,12 +149,8 @@ class Corpus:
         return list(itertools.accumulate(shard.documents for shard in self.info.shards))
 
     @functools.cached_property
-    def _open_shard(self) -> Callable[[int], ArrayRecordReader]:
-        # No read-ahead: documents are read in shuffled order. No threads: it is one at a time.
-        options = dict(
-            options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
-        )
-        return functools.cache(lambda number: ArrayRecordReader(self._path(number), **options))
+    def _owner(self) -> object:
+        return object()
 
     def _path(self, shard: int) -> str:
         return str(self.directory / self.info.shards[shard].file)
@@ -136,7 +165,7 @@ class Corpus:
 
     def __getstate__(self) -> dict:
         # A worker process opens the files itself; pickled, a map's whole content would travel.
-        opened = ("lengths", "_open_shard", "_recent")
+        opened = ("lengths", "_owner", "_recent")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict) -> None:
@@ -147,7 +176,7 @@ class Corpus:
         """Reads one document.
 
         Raises:
-          UserError: the shard is damaged; names the file and the document.
+          UserError: the shard is damaged or cannot be read; names the file and the document.
         """
         return self._recent(index)
 
@@ -157,15 +186,12 @@ class Corpus:
         try:
             # A range, not a list of one: for a list ArrayRecord goes through the shard's whole
             # index, 0.3 ms in one of 125,000 documents, where this takes 6 us.
-            (content,) = self._open_shard(number).read(record, record + 1)
+            (content,) = _open_reader(self._path(number), self._owner).read(record, record + 1)
             document = decode_record(content)
             if len(document.tokens) != self.lengths[index]:
                 raise ValueError(f"{len(document.tokens)} tokens, not {self.lengths[index]}")
         except Exception as error:  # ArrayRecord raises bare RuntimeError, ValueError, …
-            raise UserError(
-                f"{self._path(number)}: damaged at record {record} ({error}); "
-                "delete the file and run llama3_jax.tokenize again"
-            ) from None
+            raise UserError(_read_error(self._path(number), record, error)) from None
         return document
 
     @property

@@ -54,14 +54,29 @@ def plan_pieces(inputs: list[Path], piece_bytes: int) -> list[Piece]:
             raise UserError(f"{path}: input file not found")
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: unknown format; known: {', '.join(SUFFIXES)}")
-        if path.suffix == ".jsonl":
-            end, step = path.stat().st_size, piece_bytes
-        elif path.suffix == ".parquet":
-            end, step = _parquet(path).num_row_groups, 1
-        else:
-            end = step = 1
+        if path.suffix == ".parquet":
+            pieces += _pack_groups(path, piece_bytes)
+            continue
+        zipped_or_text = path.suffix != ".jsonl"
+        end, step = (1, 1) if zipped_or_text else (path.stat().st_size, piece_bytes)
         pieces += [Piece(path, start, start + step) for start in range(0, end, step)]
     return pieces
+
+
+def _pack_groups(path: Path, piece_bytes: int) -> Iterator[Piece]:
+    """Successive row groups together, up to `piece_bytes` as they are in memory."""
+    with _parquet(path) as file:
+        sizes = [
+            file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
+        ]
+    start = packed = 0
+    for group, size in enumerate(sizes):
+        if packed and packed + size > piece_bytes:
+            yield Piece(path, start, group)
+            start, packed = group, 0
+        packed += size
+    if sizes:
+        yield Piece(path, start, len(sizes))
 
 
 def in_holdout(identifier: str, holdout: float) -> bool:
@@ -108,7 +123,7 @@ def _read_jsonl(piece: Piece, fields: Fields) -> Iterator[TextDocument]:
             where = f"{piece.path} at byte {offset}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not a line of JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a {type(row).__name__}, not a JSON object")
@@ -128,29 +143,31 @@ def _read_parquet(piece: Piece, fields: Fields) -> Iterator[TextDocument]:
     if fields.text not in names:
         raise UserError(f"{piece.path}: no column {fields.text!r}; columns: {', '.join(names)}")
     columns = [name for name in dict.fromkeys(fields) if name in names]
-    row = 0
-    for batch in _batches(file, piece, columns):
-        try:
-            values = {name: batch.column(name).to_pylist() for name in columns}
-        except UnicodeDecodeError:
-            where = f"{piece.path}: row group {piece.start}, rows {row} to {row + batch.num_rows}"
-            raise UserError(f"{where}: not UTF-8") from None
-        for i, text in enumerate(values[fields.text]):
-            identifier = f"{piece.path.name}#{piece.start}.{row + i}"
-            if fields.id in values:
-                identifier = str(values[fields.id][i])
-            language = values[fields.language][i] if fields.language in values else None
-            yield TextDocument(identifier, text or "", str(language or ""))
-        row += batch.num_rows
+    for group in range(piece.start, piece.stop):
+        where, row = f"{piece.path}: row group {group}", 0
+        for batch in _batches(file, group, columns, where):
+            try:
+                values = {name: batch.column(name).to_pylist() for name in columns}
+            except UnicodeDecodeError:
+                rows = f"rows {row} to {row + batch.num_rows}"
+                raise UserError(f"{where}, {rows}: not UTF-8") from None
+            for i, text in enumerate(values[fields.text]):
+                identifier = f"{piece.path.name}#{group}.{row + i}"
+                if fields.id in values:
+                    identifier = str(values[fields.id][i])
+                language = values[fields.language][i] if fields.language in values else None
+                yield TextDocument(identifier, text or "", str(language or ""))
+            row += batch.num_rows
 
 
 def _batches(
-    file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list[str]
+    file: pyarrow.parquet.ParquetFile, group: int, columns: list[str], where: str
 ) -> Iterator[pyarrow.RecordBatch]:
     try:
-        yield from file.iter_batches(1024, list(range(piece.start, piece.stop)), columns)
+        yield from file.iter_batches(1024, [group], columns)
     except (pyarrow.ArrowException, OSError) as error:
-        where = f"{piece.path}: row group {piece.start}"
+        if getattr(error, "errno", None):  # the system's, not the file's
+            raise
         raise UserError(f"{where}: damaged parquet ({error})") from None
 
 

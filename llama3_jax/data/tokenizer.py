@@ -11,9 +11,11 @@ import binascii
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import regex
 import tiktoken
 
 from llama3_jax.data import tokenizer_json
@@ -26,7 +28,12 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_SPECIALS = 256
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
-_RANKS_FILE, _CONFIG_FILE = "tokenizer.tiktoken", "tokenizer_config.json"
+RANKS_FILE, CONFIG_FILE = "tokenizer.tiktoken", "tokenizer_config.json"
+# tiktoken's search for the pattern runs out of its stack in a million spaces: runs of white space
+# (Unicode's White_Space, the pattern's \s) of at least so many characters are cut here.
+_LONG_SPACE = 1 << 16
+_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_PUNCTUATION = regex.compile(r"[^\s\p{L}\p{N}]")
 
 
 class Tokenizer:
@@ -66,10 +73,43 @@ class Tokenizer:
         """Ids of `text`, without begin and end of text.
 
         The names of specials in it become their ids with `parse_specials`; otherwise they are text.
+        Half a surrogate pair is encoded as U+FFFD.
+
+        Raises:
+          ValueError: tiktoken fails on this text.
         """
-        if parse_specials:
-            return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+        try:
+            if len(text) >= _LONG_SPACE:
+                return self._encode_long(text, parse_specials)
+            if parse_specials:
+                return self._encoding.encode(text, allowed_special="all")
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # A panic of Rust code is no Exception: it would pass by all who handle one bad text.
+            if type(error).__name__ != "PanicException":
+                raise
+            message = f"tiktoken failed on a text of {len(text):,} characters: {error}"
+            raise ValueError(message) from None
+
+    def _encode_long(self, text: str, parse_specials: bool) -> list[int]:
+        specials = "|".join(map(re.escape, self.special_ids))
+        texts = re.split(f"({specials})", text) if parse_specials else [text]
+        ids: list[int] = []
+        for part in texts:
+            if parse_specials and part in self.special_ids:
+                ids.append(self.special_ids[part])
+                continue
+            for piece, is_pretoken in _cut_long_spaces(part):
+                encoding = self._whole if is_pretoken else self._encoding
+                ids += encoding.encode_ordinary(piece)
+        return ids
+
+    @functools.cached_property
+    def _whole(self) -> tiktoken.Encoding:
+        """Merges a text as one pre-token."""
+        return tiktoken.Encoding(
+            name="whole", pat_str=r"(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
+        )
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a whole document: begin of text, `text`, end of text."""
@@ -91,8 +131,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer's own folder: ranks, and the specials' names."""
-        self.save_ranks(directory / _RANKS_FILE)
-        write_json(directory / _CONFIG_FILE, {"specials": list(self.special_ids)})
+        self.save_ranks(directory / RANKS_FILE)
+        write_json(directory / CONFIG_FILE, {"specials": list(self.special_ids)})
 
     def save_ranks(self, path: Path) -> None:
         """Writes a `.tiktoken` file or Meta's `tokenizer.model`, which hold no specials."""
@@ -110,6 +150,28 @@ class Tokenizer:
         write_json(path, tokenizer_json.dump(self.ranks, self.special_ids, LLAMA3_PATTERN, BEGIN))
 
 
+def _cut_long_spaces(text: str) -> Iterator[tuple[str, bool]]:
+    """Parts of `text` with the same pre-tokens as the whole; True for one that is a pre-token.
+
+    A long run of white space is cut as LLAMA3_PATTERN does: line breaks at its start belong to
+    punctuation before it; then comes all up to its last line break, then the rest without its last
+    character, which may begin the next word.
+    """
+    at = 0
+    for run in re.finditer(f"{_SPACE}{{{_LONG_SPACE},}}", text):
+        start, stop = run.span()
+        if start and _PUNCTUATION.match(text, start - 1):
+            start = stop - len(run[0].lstrip("\r\n"))
+        yield text[at:start], False
+        last_break = max(text.rfind("\n", start, stop), text.rfind("\r", start, stop)) + 1
+        if last_break:
+            yield text[start:last_break], True
+            start = last_break
+        at = stop if stop == len(text) else max(start, stop - 1)
+        yield text[start:at], True
+    yield text[at:], False
+
+
 def load(path: str | Path) -> Tokenizer:
     """A tokenizer from a file of ranks (with Llama 3's 256 specials), tokenizer.json, or a folder.
 
@@ -118,13 +180,13 @@ def load(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        config = path / _CONFIG_FILE
-        ranks = path / _RANKS_FILE
+        config = path / CONFIG_FILE
+        ranks = path / RANKS_FILE
         if ranks.is_file() and config.is_file():
             return Tokenizer(load_ranks(ranks), _specials(config))
         if not (path / tokenizer_json.FILE).is_file():
             raise UserError(
-                f"{path}: no tokenizer here (no {_RANKS_FILE} with {_CONFIG_FILE}, "
+                f"{path}: no tokenizer here (no {RANKS_FILE} with {CONFIG_FILE}, "
                 f"no {tokenizer_json.FILE})"
             )
         path = path / tokenizer_json.FILE

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import UInt32
 from rich.progress import Progress
 
 from llama3_jax.data import tokenizer as tokenizers
@@ -29,6 +30,7 @@ from llama3_jax.data.documents import Fields, Piece, in_holdout, plan_pieces, re
 from llama3_jax.data.workers import run_jobs
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
+from llama3_jax.folder_lock import locked
 
 SPLITS = ("train", "validation")
 
@@ -47,19 +49,42 @@ def tokenize(
 ) -> dict[str, DatasetInfo]:
     """Tokenises `inputs` into `output/train` and, with a holdout, `output/validation`.
 
+    A corpus that is there is replaced, both of its splits.
+
     Raises:
-      UserError: bad input, by file and line; nothing that looks complete is left behind.
+      UserError: bad input, by file and line, or another process writes there; nothing that looks
+        complete is left behind.
     """
     if not 0 <= options.holdout < 1:
         raise UserError(f"--holdout={options.holdout}: must be at least 0 and below 1")
     loaded = tokenizers.load(tokenizer)
     pieces = plan_pieces(inputs, options.piece_bytes)
+    with locked(output, "--output"):
+        # Until every shard is there, no directory must pass for a corpus.
+        for path in existing(output):
+            path.unlink()
+        return _tokenize(pieces, output, tokenizer, loaded, options, workers)
+
+
+def existing(output: Path) -> list[Path]:
+    """The files that make a corpus of each split that is there."""
+    return [path for split in SPLITS if (path := output / split / DATASET_FILE).is_file()]
+
+
+def _tokenize(
+    pieces: list[Piece],
+    output: Path,
+    tokenizer: Path,
+    loaded: tokenizers.Tokenizer,
+    options: Options,
+    workers: int,
+) -> dict[str, DatasetInfo]:
     splits = SPLITS if options.holdout else SPLITS[:1]
     for split in splits:
         (output / split).mkdir(parents=True, exist_ok=True)
-        # Until every shard is there, the directory must not pass for a corpus.
-        (output / split / DATASET_FILE).unlink(missing_ok=True)
         loaded.save(output / split)
+    for split in set(SPLITS) - set(splits):
+        _remove_split(output / split)
 
     jobs = [(number, piece, output, tokenizer, options) for number, piece in enumerate(pieces)]
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -71,7 +96,7 @@ def tokenize(
     for split in splits:
         info = _finish(output / split, [report[split] for report in reports], loaded)
         if split == "train" and info.documents == 0:
-            raise UserError(f"{inputs[0]}: no document with text in the input")
+            raise UserError(f"{output}: no document with text in the input")
         write_json(output / split / DATASET_FILE, info.model_dump())
         infos[split] = info
     return infos
@@ -96,13 +121,15 @@ def _tokenize_piece(job: tuple[int, Piece, Path, Path, Options]) -> dict[str, di
         fields = Fields(options.text_field, options.id_field)
         for document in read_piece(piece, fields):
             split = SPLITS[in_holdout(document.id, options.holdout)]
-            tokens = np.asarray(tokenizer.encode_document(document.text), np.uint32)
+            try:
+                tokens = np.asarray(tokenizer.encode_document(document.text), np.uint32)
+            except ValueError as error:
+                raise UserError(f"{piece.path}: document {document.id!r}: {error}") from None
             writers[split].write(encode_record(Document(document.id, tokens)))
             lengths[split].append(len(tokens))
             utf8_bytes[split] += len(document.text.encode())
     for split in splits:
-        with atomic_path(names[split].with_suffix(".npy")) as temporary, open(temporary, "wb") as f:
-            np.save(f, np.asarray(lengths[split], np.uint32))
+        _save_lengths(names[split].with_suffix(".npy"), np.asarray(lengths[split], np.uint32))
         reports[split] = {
             "signature": signature,
             "shard": {
@@ -134,6 +161,15 @@ def _close(writer: ArrayRecordWriter) -> None:
         writer.close()
 
 
+def _remove_split(directory: Path) -> None:
+    """What an earlier run with another holdout left; files of others stay."""
+    own = (LENGTHS_FILE, tokenizers.RANKS_FILE, tokenizers.CONFIG_FILE)
+    for path in [*directory.glob("shard-*"), *(directory / name for name in own)]:
+        path.unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
 def _existing(directory: Path, number: int, signature: list) -> dict | None:
     path = directory / f"shard-{number:05d}.json"
     if not path.is_file() or not path.with_suffix(".arrayrecord").is_file():
@@ -142,12 +178,20 @@ def _existing(directory: Path, number: int, signature: list) -> dict | None:
     return report if report["signature"] == signature else None
 
 
+def _save_lengths(path: Path, lengths: UInt32[np.ndarray, "documents"]) -> None:
+    """As np.save does, which leaves out why the disk takes no more."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(lengths)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(lengths.data)
+
+
 def _finish(directory: Path, reports: list[dict], tokenizer: tokenizers.Tokenizer) -> DatasetInfo:
     """Joins the lengths of all shards and removes what an earlier, different run left."""
     shards = [Shard(**report["shard"]) for report in reports if report["shard"]["documents"]]
     lengths = [np.load((directory / shard.file).with_suffix(".npy")) for shard in shards]
-    with atomic_path(directory / LENGTHS_FILE) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate([np.zeros(0, np.uint32), *lengths]))
+    whole = np.concatenate([np.zeros(0, np.uint32), *lengths])
+    _save_lengths(directory / LENGTHS_FILE, whole)
     known = {f"shard-{number:05d}" for number in range(len(reports))}
     for path in directory.glob("shard-*"):
         if path.name.split(".")[0] not in known:

@@ -1,10 +1,12 @@
 """Whole runs of the engine: outputs, restart, sample, explanation, damage, runners."""
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from daft import DataType, col
 from daft.functions import when
 
 from llama3_jax.curation import config as configs
-from llama3_jax.curation import engine, explain, registry, run
+from llama3_jax.curation import engine, explain, read, registry, run
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.folder_lock import locked
@@ -196,6 +198,65 @@ def test_what_is_unchanged_is_passed_over_and_what_follows_a_change_is_not(stage
     assert not any("unchanged" in line for line in lines)
 
 
+def test_tokens_of_removed_sources_and_of_an_earlier_holdout_go(
+    stages, crawl, tmp_path, byte_tokenizer
+):
+    work, tokenizer = tmp_path / "work", str(byte_tokenizer)
+    curate(crawl, work, tokens={"tokenizer": tokenizer, "holdout": 0.5})
+    assert (work / "tokens/books/validation").is_dir()
+    inputs = {"books": {"paths": (f"{crawl}/c.jsonl",)}}
+    funnel = curate(crawl, work, tokens={"tokenizer": tokenizer}, inputs=inputs)
+    assert [path.name for path in (work / "tokens").iterdir()] == ["books"]
+    assert not (work / "tokens/books/validation").exists()
+    assert funnel["shards"]["books"]["train"]["documents"] == 6
+
+
+def test_reading_goes_on_after_a_lost_worker(stages, crawl, tmp_path, monkeypatch):
+    class WorkerLost(Exception):
+        pass
+
+    real, attempts = read.read, []
+
+    def losing(*arguments):
+        attempts.append(1)
+        account = real(*arguments)
+        if len(attempts) == 1:
+            raise WorkerLost
+        return account
+
+    monkeypatch.setattr(read, "read", losing)
+    monkeypatch.setattr(engine, "_lost_worker", lambda error: isinstance(error, WorkerLost))
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    funnel = curate(crawl, tmp_path / "work")
+    assert len(attempts) == 2 and funnel["inputs"]["web"]["rows"] == 19
+
+
+def test_a_disk_that_fills_is_named_and_the_run_goes_on_when_there_is_space(
+    stages, crawl, tmp_path, monkeypatch
+):
+    """As Daft tells of it: its writer's channel is closed."""
+    curate(crawl, tmp_path / "whole")
+    work, real = tmp_path / "work", run.parts.write
+
+    def filling(frame, stage, folder, *rest):
+        (folder / "unsorted").mkdir()
+        (folder / "unsorted/half.parquet").write_bytes(b"PAR1")
+        raise RuntimeError("DaftError::ParquetError channel closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.parts, "write", filling)
+        with pytest.raises(RuntimeError, match="channel closed"):
+            curate(crawl, work)  # something else: the disk has space
+        usage = shutil.disk_usage(work)
+        patch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=4_096))
+        with pytest.raises(OSError, match="No space left on device: .*01_extract") as raised:
+            curate(crawl, work)
+        assert raised.value.errno == errno.ENOSPC
+    assert run.parts.write is real
+    curate(crawl, work)
+    assert outputs(work) == outputs(tmp_path / "whole")
+
+
 class Interrupted(Exception):
     pass
 
@@ -257,6 +318,40 @@ def test_an_explanation_tells_each_decision_with_the_text_before_and_after(stage
         explain.explain(tmp_path / "nowhere", "x")
 
 
+def test_an_html_file_is_explained_by_its_path_and_what_is_not_read_is_said(
+    stages, tmp_path, monkeypatch
+):
+    folder, work, said = tmp_path / "site", tmp_path / "work", []
+    folder.mkdir()
+    for name, body in zip(("a.html", "b.html"), pages(2).values(), strict=True):
+        (folder / name).write_bytes(body)
+    for name in ("style.css", "old.warc.zst", "README"):
+        (folder / name).write_text("x")
+    inputs = {"docs": {"paths": (str(folder),)}}
+    funnel = curate(folder, work, inputs=inputs, lines=said)
+    assert said[0].startswith("docs: 3 files of formats that are not read (")
+    assert all(each in said[0] for each in (".css 1", ".warc.zst 1", "none 1"))
+    assert funnel["files_not_read"]["docs"] == {".css": 1, ".warc.zst": 1, "none": 1}
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("site/a.html", str(folder / "a.html"), (folder / "a.html").as_uri()):
+        story = explain.explain(work, wanted)
+        assert story.startswith((folder / "a.html").as_uri()) and "extract: kept" in story
+
+
+def test_an_explanation_reads_one_part_of_a_stage(stages, crawl, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.parts, "PART_BYTES", 2_000)
+    work = tmp_path / "work"
+    curate(crawl, work)
+    parts_of = sorted((work / "stages/01_extract/kept").iterdir())
+    assert len(parts_of) > 5
+    doc = rows(work, "shout", "kept")[0]["doc"]
+    opened, real = [], pq.ParquetFile
+    monkeypatch.setattr(explain.pq, "ParquetFile", lambda path: opened.append(path) or real(path))
+    story = explain.explain(work, doc)
+    assert "extract: kept" in story and "shout: kept" in story
+    assert len([path for path in opened if "01_extract" in str(path)]) == 1
+
+
 def loses(frame, config, scratch):
     return frame.with_column("reason", daft.lit(None).cast(DataType.string())).limit(3)
 
@@ -292,6 +387,17 @@ def test_a_page_that_kills_the_extractor_is_rejected_and_its_neighbours_are_kept
     reasons = {c["reason"]: c["documents"] for c in funnel["stages"][1]["counts"]
                if c["source"] == "web"}  # fmt: skip
     assert reasons == {"": 16, "crashed": 1, "timeout": 1, "out_of_memory": 1}
+
+
+def test_files_that_a_config_names_count_also_by_a_bare_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words", "positive", "list.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "quality").mkdir()
+    values = {"model": "quality", "label": "positive", "files": {"en": "words"}, "x": ["list.txt"]}
+    values["benchmarks"] = {"quiz": {"path": "positive"}, "other": {"fields": ("words",)}}
+    found = sorted(map(str, configs.named_files(values)))
+    assert found == ["list.txt", "positive", "quality", "words"]
 
 
 @pytest.mark.parametrize(

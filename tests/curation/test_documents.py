@@ -1,13 +1,18 @@
 """Rows of every input format: one for each record, with html, text or a reason."""
 
 import datetime
+import errno
 import gzip
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llama3_jax.curation import documents
 from llama3_jax.curation.documents import File, Options, Piece, iso_time, read_piece
 from tests.curation.test_warc import record
 
@@ -34,6 +39,7 @@ def jsonl(*rows) -> bytes:
     return "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows).encode()
 
 
+OPTIONS = Options("", "", {}, 2_000, 0)
 LINES = jsonl(
     {"url": "http://a/1", "time": "2024-02-03T04:05:06+02:00", "html": HTML, "language": "de"},
     "",
@@ -71,6 +77,61 @@ def test_a_line_without_end_is_not_held_in_memory(tmp_path):
     kept, rejected, _ = read(tmp_path, "x.jsonl", content)
     assert [row["text"] for row in kept] == ["first", "after"]
     assert [reason for reason, _ in rejected] == ["too_large"]
+
+
+class Short:
+    """A stream that gives so many bytes a read."""
+
+    def __init__(self, content: bytes, size: int):
+        self.content, self.size, self.at = content, size, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def read(self, _) -> bytes:
+        self.at += self.size
+        return self.content[self.at - self.size : self.at]
+
+
+def lines_of(content: bytes, size: int, limit: int) -> list[tuple[int, bytes]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents.pa, "input_stream", lambda *_, **__: Short(content, size))
+        return list(documents._lines("x.jsonl", limit))
+
+
+@given(
+    st.lists(st.binary(max_size=9) | st.just(b"\n"), max_size=30).map(b"".join), st.integers(1, 8)
+)
+def test_lines_are_those_of_the_file(content, size):
+    numbered = enumerate(content.split(b"\n"), 1)
+    expected = [(number, line) for number, line in numbered if line.strip()]
+    assert lines_of(content, size, 10**6) == expected
+    short = lines_of(content, size, 3)
+    assert [number for number, _ in short] == [number for number, _ in expected]
+    for (_, line), (_, beginning) in zip(expected, short, strict=True):
+        assert line.startswith(beginning) and (line == beginning or len(beginning) > 3)
+
+
+def test_a_line_of_many_parts_is_joined_once():
+    """Joined at each part it would be copied 130,000 times and not end within this test run."""
+    line = b"x" * 4_000_000
+    assert lines_of(line + b"\nlast", 32, 10**9) == [(1, line), (2, b"last")]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.html", "x.parquet", "x.jsonl.gz"])
+def test_a_file_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+
+    monkeypatch.setattr(documents.pa, "input_stream", refused)
+    monkeypatch.setattr(documents.pq, "ParquetFile", refused)
+    with pytest.raises(PermissionError):
+        list(documents._rows(File(str(tmp_path / name), f"0/{name}", 1, 0), OPTIONS, Counter()))
 
 
 def test_json_lines_before_damage_are_read(tmp_path):
@@ -123,6 +184,23 @@ def test_html_files(tmp_path, name):
     assert kept[0]["url"] == f"http://docs/{name}" and kept[0]["time"] == "2023-05-06T00:00:00Z"
 
 
+def test_an_html_file_without_a_prefix_has_its_path_as_url(tmp_path):
+    (tmp_path / "a b").mkdir()
+    kept, _, _ = read(tmp_path, "a b/ü.html", HTML.encode())
+    assert kept[0]["url"] == (tmp_path / "a b/ü.html").as_uri()
+
+
+def test_text_of_common_crawl(tmp_path):
+    whole = record(1, "Größe\n".encode(), kind="conversion")
+    kept, _, _ = read(tmp_path, "x.warc.wet.gz", gzip.compress(whole))
+    assert kept[0]["text"].endswith("Größe\n") and kept[0]["html"] is None
+
+
+def test_json_lines_that_are_called_json(tmp_path):
+    kept, _, _ = read(tmp_path, "c4.json.gz", gzip.compress(jsonl({"text": "a"}, {"text": "b"})))
+    assert [row["text"] for row in kept] == ["a", "b"]
+
+
 def test_html_that_is_too_large_or_a_bomb_or_damaged(tmp_path):
     assert read(tmp_path, "x.html", b"x" * 2_001)[1][0][0] == "too_large"
     assert read(tmp_path, "y.html.gz", gzip.compress(bytes(1 << 24)))[1][0][0] == "too_large"
@@ -166,7 +244,19 @@ def test_a_limit_takes_the_first(tmp_path):
     ("value", "expected"),
     [("2024-01-02T03:04:05Z", "2024-01-02T03:04:05Z"), ("2024-01-02", "2024-01-02T00:00:00Z"),
      ("2024-01-02T03:04:05.678-05:00", "2024-01-02T08:04:05Z"), ("yesterday", ""), (None, ""),
-     (12, ""), ("0001-01-01T00:00:00+14:00", "")],
+     (12, ""), ("0001-01-01T00:00:00+14:00", ""), ("Tue, 02 Jan 2024 03:04:05 GMT", "2024-01-02T03:04:05Z"),
+     ("Tuesday, 02-Jan-24 03:04:05 GMT", "2024-01-02T03:04:05Z"), ("Tue Jan  2 03:04:05 2024", "2024-01-02T03:04:05Z"),
+     ("Tue, 02 Jan 2024 03:04:05 +0200", "2024-01-02T01:04:05Z"), ("20240102030405", "2024-01-02T03:04:05Z"),
+     (20240102030405, "2024-01-02T03:04:05Z"), ("20249902030405", ""), (1704164645, "2024-01-02T03:04:05Z"),
+     ("1704164645", "2024-01-02T03:04:05Z"), (1704164645678, "2024-01-02T03:04:05Z"), (1704164645.5, "2024-01-02T03:04:05Z"),
+     (1704164645678901, "2024-01-02T03:04:05Z"), (1704164645678901234, "2024-01-02T03:04:05Z"),
+     ("20240102", "2024-01-02T00:00:00Z"), (datetime.date(2024, 1, 2), "2024-01-02T00:00:00Z"), (99999999999999999999, ""),
+     (True, ""), (float("nan"), ""), ("0" * 4_000, ""), ("Tue, 02 Jan 20240 03:04:05 GMT", "")],
 )  # fmt: skip
 def test_times(value, expected):
     assert iso_time(value) == expected
+
+
+@given(st.text(max_size=40) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,2} [A-Z][a-z]{2} \d{2,5} .{0,9}"))
+def test_any_text_is_a_time_or_none(text):
+    assert len(iso_time(text)) in (0, 20)

@@ -224,6 +224,17 @@ def test_the_doors_commands(judge, tmp_path, door):
     np.testing.assert_allclose([row["answers"] for row in rows], found, atol=0.02)  # bfloat16
 
 
+def test_labels_do_not_replace_their_input(tmp_path, door):
+    documents = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), documents)
+    before = documents.read_bytes()
+    same = tmp_path / "x" / ".." / "in.parquet"
+    done = door("curate", "label", "--model=none", f"--input={documents}", f"--output={same}",
+                "--overwrite")  # fmt: skip
+    assert done.returncode == 2 and "is also an input" in done.stderr
+    assert documents.read_bytes() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",

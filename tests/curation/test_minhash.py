@@ -162,6 +162,66 @@ def test_bands_find_the_share_that_the_formula_says(tmp_path, share):
     )
 
 
+def template_family(pairs: int, seed: int, template: int, name: str) -> list[tuple[dict, dict]]:
+    """Pages of one template, in pairs whose contents differ by four of 126 words; J is 0.73."""
+    rng = random.Random(seed)
+    vocabulary = [f"{name}{number}" for number in range(20_000)]
+    frame_ = rng.choices(vocabulary, k=template)
+    made = []
+    for number in range(pairs):
+        content = rng.choices(vocabulary, k=130 - template)
+        twin = list(content)
+        for at in range(4, len(content), len(content) // 4):
+            twin[at] = rng.choice(vocabulary)
+        made.append(
+            tuple(
+                document(text=" ".join([*frame_, *words]), title=f"{name} {number} {which}")
+                for which, words in enumerate((content, twin))
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("template", [0, 90])
+def test_pairs_in_a_family_of_one_template_are_found_as_the_formula_says(tmp_path, template):
+    """400 pairs, alone or among 800 siblings whose similarity is about 0.5, to 0.01."""
+    config = MinhashConfig()
+    made = template_family(400, 7, template, "w")
+    rows = [row for pair in made for row in pair]
+    assert len({row["doc"] for row in rows}) == 800
+    similarity = [jaccard(one["text"], other["text"], config.ngram) for one, other in made]
+    assert 0.7 <= min(similarity) and max(similarity) < 0.8
+    expected = np.mean([1 - (1 - j**config.rows) ** config.bands for j in similarity])
+    data = frame(rows, tmp_path / "in", 2)
+    stage.write_bands(data, config, stage.components.fresh(tmp_path / "bands"))
+    found = {tuple(row.values()) for row in stage.find_edges(data, config, tmp_path).to_pylist()}
+    share = np.mean([tuple(sorted(row["doc"] for row in pair)) in found for pair in made])
+    assert share >= expected - 0.01
+
+
+def test_candidates_grow_with_the_documents_and_not_with_their_square(tmp_path):
+    config, counts = MinhashConfig(), {}
+    for pairs in (200, 800):
+        rows = [row for pair in template_family(pairs, 3, 95, "w") for row in pair]
+        folder = tmp_path / str(pairs)
+        data = frame(rows, folder / "in", 2)
+        stage.write_bands(data, config, stage.components.fresh(folder / "bands"))
+        counts[pairs] = stage.find_candidates(data, config, folder).count_rows()
+    assert counts[800] < 1.5 * 4 * counts[200]
+    assert counts[800] < 40 * 1600
+
+
+def test_a_thousand_copies_are_compared_with_one(tmp_path):
+    text = " ".join(f"w{number}" for number in range(50))
+    rows = [document(text=text, title=str(number)) for number in range(1_000)]
+    data = frame(rows, tmp_path / "in", 2)
+    config = MinhashConfig()
+    stage.write_bands(data, config, stage.components.fresh(tmp_path / "bands"))
+    pairs = stage.find_candidates(data, config, tmp_path).to_pylist()
+    least = min(row["doc"] for row in rows)
+    assert len(pairs) == 999 and {row["low"] for row in pairs} == {least}
+
+
 def test_what_a_killed_run_left_changes_nothing(tmp_path):
     rows = corpus(0)
     once = run(minhash, MinhashConfig(), rows, tmp_path)

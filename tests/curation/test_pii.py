@@ -28,6 +28,8 @@ CLEAN = [
     "529.982.247-26", "111.111.111-11", "2341 2341 2347", "811218-9875", "192.168.1.77", "127.0.0.1", "2.5.1.3", "1.2.3.4", "300.1.2.3",
     "1.2.3.4.5", "12:30:45", "std::vector<a::b>", "fe80::1", "+2.7182818284", "3.14159265358979", "2023-01-01", "1,234,567,890",
     "x = 1 + 23456789", "0x1234567890abcdef", "ISBN 978-3-16-148410-0", "123-45-678", "v1.10.100", "100 000 000 000",
+    "Intel 8086 80286", "Hotel 1234567", "отель 1234567", "iPhone 1234567", "Mobile 2010-2015", "mobile 2010-05-12", "Fax 12.05.2010",
+    "Handy 1998 2003 2007",
 ]  # fmt: skip
 
 
@@ -46,7 +48,10 @@ def test_not_found(text):
     assert pii_patterns.find(f"See {text} there") == []
 
 
-@pytest.mark.parametrize("word", ["Tel.: ", "Telefon ", "phone: ", "电话：", "Fax "])
+@pytest.mark.parametrize(
+    "word",
+    ["Tel.: ", "Telefon ", "phone: ", "电话：", "我的电话：", "Fax ", "my_tel ", "(mobile) tel. ", "الهاتف: ", "Mobiltelefon: "],
+)  # fmt: skip
 def test_a_word_makes_a_number_a_phone(word):
     whole = f"{word}030 901820"
     assert [(i.kind, whole[i.start : i.stop]) for i in pii_patterns.find(whole)] == [
@@ -67,6 +72,33 @@ def test_a_gate_is_passed_by_all_that_its_finder_finds(text):
         if list(finder.spans(text)):
             assert pc.match_substring_regex(pa.array([text]), finder.gate)[0].as_py()
             assert pc.match_substring_regex(pa.array([text]), pii_patterns.GATE)[0].as_py()
+
+
+def by_all_pairs(text: str) -> list[pii_patterns.Item]:
+    """The first kind wins, and of one kind the first in the text."""
+    by_kind: dict[str, set] = {}
+    for finder in pii_patterns.FINDERS:
+        by_kind.setdefault(finder.kind, set()).update(finder.spans(text))
+    found: list[pii_patterns.Item] = []
+    for kind, spans in by_kind.items():
+        for start, stop in sorted(spans):
+            if all(stop <= item.start or item.stop <= start for item in found):
+                found.append(pii_patterns.Item(kind, start, stop))
+    return sorted(found, key=lambda item: item.start)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(piece, max_size=12), st.sampled_from(["", " ", "-", "@"]))
+def test_no_two_items_overlap_and_the_first_kind_wins(texts, between):
+    text = between.join(texts)
+    assert pii_patterns.find(text) == by_all_pairs(text)
+
+
+def test_many_addresses_are_found():
+    """Five billion pairs: a quarter of an hour, were each compared with those before it."""
+    text = "".join(f"user{number}@example.org " for number in range(100_000))
+    found = pii_patterns.find(text)
+    assert len(found) == 100_000 and found[-1].stop == len(text) - 1
 
 
 def plain(text: str, config: PiiConfig) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """A call that crashes, hangs, sleeps or eats memory is named; the calls around it return."""
 
 import ctypes
+import errno
 import os
 import signal
 import threading
@@ -35,6 +36,8 @@ def misbehave(how: str, value: int = 0):
             blocks.append(bytearray(1 << 24))
     elif how == "raise":
         raise LookupError("no such thing")
+    elif how == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "out.parquet")
     elif how == "recurse":
         return misbehave("recurse", value + 1)
     return how, value
@@ -45,6 +48,14 @@ CASES = {
     "spin": "timeout", "regex": "timeout", "memory": "out_of_memory", "raise": "error",
     "recurse": "error",
 }  # fmt: skip
+
+
+def test_an_error_of_the_system_is_no_fault_of_the_call():
+    sandbox = Sandbox(NAME, seconds=5, memory=0)
+    with pytest.raises(OSError, match=r"No space left on device: 'out.parquet'") as raised:
+        list(sandbox.map([("fine", 1), ("full", 0)]))
+    assert raised.value.errno == errno.ENOSPC
+    assert list(sandbox.map([("fine", 2)])) == [("fine", 2)]
 
 
 def test_each_bad_call_is_named_and_its_neighbours_return():

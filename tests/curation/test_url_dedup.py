@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama3_jax.curation.url_dedup import UrlDedupConfig, url_dedup
-from tests.curation.frames import document, run
+from llama3_jax.curation.url_dedup import UrlDedupConfig, page, url_dedup
+from tests.curation.frames import document, frame, run
 
 TIMES = ["", "2023-01-01", "2023-01-01T00:00:00Z", "2023-01-01T00:00:00.5Z", "2023-01-02 00:00:00+00:00", "2024-05-06T07:08:09Z"]  # fmt: skip
 row = st.tuples(
@@ -31,3 +31,10 @@ def test_survivors_are_those_of_a_plain_sort(tmp_path_factory, cases, files):
     for one in rows:
         if not one["urls_canonical"]:
             assert out[one["doc"]]["reason"] is None
+
+
+def test_documents_without_url_do_not_meet_in_one_partition(tmp_path):
+    urls = ["", None, "", "https://a.b/", "https://a.b/", "https://c.d/"]
+    rows = [document(title=str(n), urls_canonical=url) for n, url in enumerate(urls)]
+    pages = frame(rows, tmp_path / "in").select(page().alias("page")).to_pydict()["page"]
+    assert len(set(pages)) == 5 and pages.count("https://a.b/") == 2

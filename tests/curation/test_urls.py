@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama3_jax.curation import urls as urls_module
 from llama3_jax.curation.urls import BlockList, UrlsConfig, canonical, find_entry, read_list, urls
 from llama3_jax.errors import UserError
 from tests.curation.frames import document, run
@@ -79,6 +80,48 @@ def test_entries_match_hosts_under_them_and_paths_below_them(tmp_path):
         "https://mixed.org/forum/private/1": "mixed.org/forum/private", "https://mixed.org/forum": None, "": None,
     }  # fmt: skip
     assert {url: find_entry(url, entries) for url in hits} == hits
+
+
+label = st.text("abz019-xn", min_size=1, max_size=5)
+step = st.text("aZ0_~.-%;", max_size=4)
+host = st.lists(label | st.just("www"), min_size=1, max_size=4).map(".".join)
+
+
+@settings(deadline=None, max_examples=500)
+@given(host, st.lists(step, max_size=3))
+def test_a_line_that_is_taken_as_it_stands_is_canonical(host, steps):
+    line = "/".join([host, *steps])
+    if urls_module._PLAIN.fullmatch(line):
+        assert urls_module._entry(line, "x:1") == line.rstrip("/")
+
+
+def test_a_large_list_is_read_line_by_line_and_only_once(tmp_path, monkeypatch):
+    file = tmp_path / "list.txt"
+    file.write_text("".join(f"site-{n}.example.com\n" for n in range(200_000)))
+    slow = []
+    monkeypatch.setattr(urls_module, "_entry", lambda entry, where: slow.append(entry) or entry)
+    config = UrlsConfig(lists=(BlockList(name="mine", files=(str(file),)),))
+    (one,) = urls_module._lists(config)
+    assert len(one[1]) == 200_000 and not slow
+    assert urls_module._lists(config)[0] is one
+
+
+def test_a_folder_of_ut1_is_read_as_it_is(tmp_path, caplog):
+    folder = tmp_path / "adult"
+    folder.mkdir()
+    (folder / "domains").write_bytes(b"bad.com\nwww.other.org\n1.2.3.4\ncaf\xe9.fr\n")
+    (folder / "urls").write_bytes(b"mixed.org/~x/page.html\nhost.org/a?id=3\ntwo words\n")
+    (folder / "expressions").write_text("(porn|sex)\n")
+    (folder / "usage").write_text("black\n")
+    entries = read_list(BlockList(name="adult", files=(str(folder),)))
+    wanted = {"bad.com", "other.org", "1.2.3.4", "mixed.org/~x/page.html"}
+    assert wanted <= entries and len(entries) == 5
+    assert "domains: 1 lines are no host" in caplog.text and "urls: 1 lines" in caplog.text
+    config = UrlsConfig(lists=(BlockList(name="adult", files=(str(folder),)),))
+    assert urls_module.list_files(config) == [folder]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: a folder without domains or urls"):
+        read_list(BlockList(name="x", files=(str(tmp_path / "none"),)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama3_jax.data import bpe, tokenizer_json
+from llama3_jax.data import tokenizer as tokenizer_module
 from llama3_jax.data.tokenizer import BEGIN, END, LLAMA3_PATTERN, Tokenizer, load, load_ranks
 from llama3_jax.data.tokenizer_training import BYTES
 from llama3_jax.errors import UserError
@@ -101,6 +102,52 @@ class TestSameIds:
         exported.with_name("merging.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="without ignore_merges 1 of its tokens"):
             load(exported.with_name("merging.json"))
+
+
+class TestLongRuns:
+    """tiktoken's search for the pattern runs out of its stack in a million spaces."""
+
+    spaces = st.lists(st.sampled_from(" \t\n\r\x0b\u00a0\u2028\x1c\u200b"), max_size=9).map("".join)
+    part = spaces | st.sampled_from(
+        ["a", "é", "7", ".", "e\u0301", "🙂", "\ud800", "語", "'s", END]
+    )
+
+    @settings(max_examples=600, deadline=None)
+    @given(text=st.lists(part, max_size=9).map("".join), least=st.integers(1, 4))
+    def test_cut_at_spaces_gives_the_ids_of_the_whole(self, tokenizer, text, least):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer_module, "_LONG_SPACE", least)
+            pretokens = []
+            for piece, whole in tokenizer_module._cut_long_spaces(text):
+                pretokens += [piece] if whole else regex.findall(LLAMA3_PATTERN, piece)
+            assert [*filter(None, pretokens)] == regex.findall(LLAMA3_PATTERN, text)
+            assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+            with_specials = tokenizer._encoding.encode(text, allowed_special="all")
+            assert tokenizer.encode(text, parse_specials=True) == with_specials
+
+    @pytest.mark.parametrize(
+        "run",
+        [" ", "\t", "\u00a0", "\n", "\n ", "a", "-", "🙂", "\u0301", "1"],
+        ids=lambda run: f"U+{ord(run[0]):04X}x{len(run)}",
+    )
+    def test_a_million_of_one_character(self, tokenizer, run):
+        text = f"(a {run * (1_000_000 // len(run))} b)"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_a_million_spaces_around_specials_and_at_the_ends(self, tokenizer):
+        spaces = " " * 1_000_000
+        ids = tokenizer.encode(f"{spaces}{END}{spaces}x{spaces}", parse_specials=True)
+        assert ids.count(tokenizer.eos) == 1
+        assert tokenizer.decode(ids) == f"{spaces}{END}{spaces}x{spaces}"
+
+    def test_lone_surrogates(self, tokenizer):
+        text = "\ud800" * 100_000 + " " * 100_000 + "x"
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\ud800", "\ufffd")
+
+    def test_a_panic_is_an_error_that_can_be_handled(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(tokenizer_module, "_LONG_SPACE", 10**9)
+        with pytest.raises(ValueError, match="tiktoken failed on a text of 1,000,000 characters"):
+            tokenizer.encode(" " * 1_000_000)
 
 
 @pytest.mark.parity

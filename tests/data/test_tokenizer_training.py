@@ -80,6 +80,13 @@ class TestDoor:
             result = door("tokenize", "export", *options)
             assert result.returncode == 0, result.stderr
             assert load(tmp_path / name).fingerprint == trained.fingerprint
+        result = door("tokenize", "export", *options)
+        assert result.returncode == 2 and "add --overwrite" in result.stderr
+        result = self.train(door, tmp_path, f"--input={source}", "--new_tokens=2")
+        assert result.returncode == 2 and "out exists and is not empty" in result.stderr
+        assert load(tmp_path / "out").fingerprint == trained.fingerprint
+        result = self.train(door, tmp_path, f"--input={source}", "--new_tokens=2", "--overwrite")
+        assert result.returncode == 0 and len(load(tmp_path / "out").ranks) == 258
 
     def test_left_out_pretokens_are_told(self, door, source, tmp_path):
         result = self.train(
@@ -99,7 +106,7 @@ class TestDoor:
             (["--new_tokens=9"], b'{"text": "abc"}', "only 2 of 9 new tokens can be merged"),
             (["--new_tokens=1", "--weights=de"], b'{"text": "abc"}', "--weights=de: must look"),
             (["--new_tokens=1", "--base_tokens=300"], b'{"text": "abc"}', "must be 256 to 256"),
-            (["--new_tokens=1", "--output=setup.py"], b"", "--output=setup.py is a file"),
+            (["--new_tokens=1", "--output=setup.py"], b"", "--output=setup.py is not a folder"),
         ],
     )
     def test_one_line_and_nothing_written(self, door, tmp_path, options, content, message):

@@ -1,6 +1,8 @@
+import errno
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ import pytest
 from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
 
 from llama3_jax.data import tokenizer as tokenizers
+from llama3_jax.data import tokenizing
 from llama3_jax.data.corpus import DATASET_FILE, Corpus
 from llama3_jax.data.tokenizing import Options, tokenize
 from llama3_jax.errors import UserError
+from llama3_jax.folder_lock import locked
 
 
 def texts(directory: Path) -> dict[str, str]:
@@ -54,6 +58,61 @@ def test_formats_and_pieces_give_the_same_documents(tmp_path, byte_tokenizer):
             out = tmp_path / f"{name}.{piece_bytes}"
             tokenize([tmp_path / name], out, byte_tokenizer, Options(piece_bytes=piece_bytes))
             assert texts(out / "train") == documents
+
+
+def test_row_groups_are_packed_and_documents_keep_their_names(tmp_path, byte_tokenizer):
+    texts_ = [f"{n} " + "word " * 20 for n in range(60)]
+    table = pyarrow.table({"text": texts_})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=2)
+    names = {}
+    for piece_bytes in (1, 1_500, 10**9):
+        out = tmp_path / str(piece_bytes)
+        tokenize([tmp_path / "in.parquet"], out, byte_tokenizer, Options(piece_bytes=piece_bytes))
+        assert sorted(texts(out / "train").values()) == sorted(texts_)
+        names[piece_bytes] = list(texts(out / "train"))
+    assert names[1] == names[1_500] == names[10**9]
+    assert names[1][:3] == ["in.parquet#0.0", "in.parquet#0.1", "in.parquet#1.0"]
+    shards = {at: len(Corpus(tmp_path / str(at) / "train").info.shards) for at in names}
+    assert shards[1] == 30 and 1 < shards[1_500] < 20 and shards[10**9] == 1
+
+
+_READ_ALL = """
+import resource, sys
+soft = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+from llama3_jax.data.corpus import Corpus
+from llama3_jax.errors import UserError
+from llama3_jax.folder_lock import locked
+corpus = Corpus(sys.argv[1])
+held = []
+if sys.argv[3:]:
+    corpus.document(0)
+    try:
+        while True:
+            held.append(open("/dev/null"))
+    except OSError:
+        pass
+try:
+    print(sum(len(corpus.document(i).tokens) for i in range(len(corpus))))
+except UserError as error:
+    held.clear()
+    print(error)
+"""
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, byte_tokenizer):
+    source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 300, seed=8))
+    tokenize([source], tmp_path / "out", byte_tokenizer, Options(piece_bytes=300))
+    corpus = Corpus(tmp_path / "out/train")
+    assert len(corpus.info.shards) > 80
+    (tmp_path / "read.py").write_text(_READ_ALL)
+    command = [sys.executable, str(tmp_path / "read.py"), str(tmp_path / "out/train"), "64"]
+    options = dict(capture_output=True, text=True, check=True, cwd=REPOSITORY,
+                   env=os.environ | {"PYTHONPATH": str(REPOSITORY)})  # fmt: skip
+    done = subprocess.run(command, **options)
+    assert done.stdout.strip() == str(corpus.info.tokens)
+    done = subprocess.run([*command, "hold"], **options)
+    assert "too many open files, the limit is 64" in done.stdout and "damaged" not in done.stdout
 
 
 def test_the_holdout_depends_on_the_id_alone(tmp_path, byte_tokenizer):
@@ -128,6 +187,7 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
             b'{"text": "\\udc00"}\n',
             r"at byte 0: not Unicode: half of a surrogate pair",
         ),
+        ("a.jsonl", b"[" * 100_000, r"at byte 0: not a line of JSON \(maximum recursion"),
         ("a.jsonl", b"", r"no document with text"),
         ("a.jsonl.gz", b"not gzip", r"damaged gzip"),
         ("a.parquet", b"PAR1nope", r"not a whole parquet file"),
@@ -163,6 +223,93 @@ def test_the_door_says_what_is_missing(door, tmp_path):
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
+
+
+class TestFullDisk:
+    """A disk that takes no more while a corpus is written."""
+
+    def test_lengths_say_why_they_cannot_be_written(self, tmp_path):
+        """np.save says "100000 requested and 512 written", and no more."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_048, hard))
+        try:
+            with pytest.raises(OSError) as raised:
+                tokenizing._save_lengths(tmp_path / "x.npy", np.arange(100_000, dtype=np.uint32))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+
+    def test_lengths_are_as_numpy_saves_them(self, tmp_path):
+        for size in (0, 1, 1_000):
+            lengths = np.arange(size, dtype=np.uint32)
+            tokenizing._save_lengths(tmp_path / "x.npy", lengths)
+            np.save(tmp_path / "y.npy", lengths)
+            assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+    @pytest.mark.parametrize("after", [0, 1, 2, 3])
+    def test_the_same_command_goes_on(self, tmp_path, monkeypatch, byte_tokenizer, after):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 100, seed=5))
+        options = Options(holdout=0.2, piece_bytes=5_000)
+        tokenize([source], tmp_path / "whole", byte_tokenizer, options)
+        real, written = tokenizing._save_lengths, []
+
+        def filling(path, lengths):
+            written.append(path)
+            if len(written) > after:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            real(path, lengths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizing, "_save_lengths", filling)
+            with pytest.raises(OSError, match="No space left"):
+                tokenize([source], tmp_path / "out", byte_tokenizer, options)
+        assert not list((tmp_path / "out").glob("*/dataset.json"))
+        assert not list((tmp_path / "out").rglob("*.tmp"))
+        tokenize([source], tmp_path / "out", byte_tokenizer, options)
+        for split in ("train", "validation"):
+            assert content(tmp_path / "out" / split) == content(tmp_path / "whole" / split)
+
+
+class TestAnExistingCorpus:
+    def test_without_a_holdout_the_validation_of_an_earlier_run_is_gone(
+        self, tmp_path, byte_tokenizer
+    ):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60, seed=9))
+        out = tmp_path / "out"
+        tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
+        (out / "validation/notes.txt").write_text("mine")
+        tokenize([source], out, byte_tokenizer, Options())
+        assert len(texts(out / "train")) == 60
+        assert [path.name for path in (out / "validation").iterdir()] == ["notes.txt"]
+        (out / "validation/notes.txt").unlink()
+        tokenize([source], out, byte_tokenizer, Options())
+        assert not (out / "validation").exists()
+
+    def test_is_replaced_only_if_told(self, door, tmp_path, byte_tokenizer):
+        source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60, seed=9))
+        more = write_jsonl(tmp_path / "more.jsonl", random_documents("e", 5, seed=1))
+        out = tmp_path / "out"
+        tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
+        before = content(out / "train") | content(out / "validation")
+        command = ["tokenize", "encode", f"--input={more}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+        done = door(*command)
+        message = f"error: --output={out} holds a corpus; name another folder, or add --overwrite"
+        assert (done.returncode, done.stderr.strip()) == (2, message)
+        assert content(out / "train") | content(out / "validation") == before
+        done = door(*command, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert len(texts(out / "train")) == 5 and not (out / "validation").exists()
+
+    def test_two_processes_in_one_folder_are_refused(self, tmp_path, byte_tokenizer):
+        source = write_jsonl(tmp_path / "in.jsonl", {"a": "text"})
+        with (
+            locked(tmp_path / "out"),
+            pytest.raises(UserError, match=r"--output=.*out: another process works in it"),
+        ):
+            tokenize([source], tmp_path / "out", byte_tokenizer, Options())
+        assert not (tmp_path / "out/train").exists()
 
 
 class TestDamagedCorpus:

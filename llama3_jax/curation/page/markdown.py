@@ -1,12 +1,14 @@
 """Markdown's markers, out of prose: they harm a model that is trained on web text.
 
-Our own text never adds any; pages that hold unrendered markdown do. Code and math stay as they are.
+Our own text never adds any; pages that hold unrendered markdown do. Code and math stay as they are, and
+so do single * and _ and the pipes of tables, which text has for other reasons.
 """
 
 import re
 
+# Not names such as __init__, of which prose about programs is full.
 _PAIRED = re.compile(
-    r"(\*{2,3}|(?<![\w_])_{2,3}(?=\w)|~~)(?=\S)([^*~\n]{1,500}?)(?<=\S)\1(?![\w*])"
+    r"(\*{2,3}|(?<![\w_])_{2,3}(?=\w)|~~)(?!(?<=__)[a-z][a-z0-9_]*__(?!\w))(?=\S)([^*~\n]{1,500}?)(?<=\S)\1(?![\w*])"
 )
 _QUOTED = re.compile(r"(?<!`)(`{1,2})(?!`)([^`\n]{1,500})\1(?!`)")
 _FENCE = re.compile(r"`{3,}\w*")

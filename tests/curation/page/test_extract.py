@@ -2,6 +2,7 @@
 
 import pytest
 
+from llama3_jax.curation.page import markdown
 from llama3_jax.curation.page.extract import Document, Rejection, extract
 
 PROSE = (
@@ -124,6 +125,19 @@ def test_tables_and_lists_keep_their_rows_and_items():
     )
     assert "One.\nThe river" in text and "Two.\n\n" in text
     assert "May\t12 m3/s" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("call __init__ or __new__(cls), not __main__.py", None),
+        ("a __bold text__ and __Word__ here", "a bold text and Word here"),
+        ("**init** and __x y__ with __all__", "init and x y with __all__"),
+        ("2 * 3 and a_b_c and *emphasis*", None),
+    ],
+)
+def test_names_of_programs_keep_their_underscores(text, expected):
+    assert markdown.strip(text) == (expected or text)
 
 
 def test_markdown_markers_go_from_prose_and_none_is_added():
