@@ -67,8 +67,11 @@ def _submit_array(
     store: Store, experiment: Experiment, folder: Path, units: Sequence[Unit],
     by_wid: dict[int, Unit],
 ) -> None:  # fmt: skip
-    """One array job; where a launcher was killed between sbatch and its note, that job's number."""
-    said = [str(store.root), [(unit.id, unit.attempt) for unit in units]]
+    """One array job; where a launcher was killed between sbatch and its note, that job's number.
+
+    The name says which submission of which units it is, so each submission is made once.
+    """
+    said = [str(store.root), [(unit.id, unit.submissions) for unit in units]]
     name = "l3-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     number = _number_of(name, folder)
     if number is None:

@@ -32,6 +32,7 @@ def main(units_file: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     record |= {"state": "running", "starts": record["starts"] + 1, "started": time.time()}
     write_record(folder, unit["wid"], record)
+    note_job(units_file, os.environ["SLURM_ARRAY_JOB_ID"])
     code = run(unit, record["starts"])
     stopping = stop_file(folder, unit["wid"]).exists()
     seconds = time.time() - record["started"]
@@ -70,6 +71,18 @@ def run(unit: dict[str, Any], start: int) -> int:
 
 
 # ------------------------------------------------------------------------- files of a job's units
+
+
+def job_note(units_file: Path) -> Path:
+    """Holds the number of the array job that was submitted with UNITS.json."""
+    return units_file.with_name(units_file.name.replace(".units.json", ".job"))
+
+
+def note_job(units_file: Path, number: str) -> None:
+    """The launcher does this, too; but it may have been killed after sbatch."""
+    temporary = job_note(units_file).with_suffix(f".job.{os.environ['SLURM_ARRAY_TASK_ID']}")
+    temporary.write_text(number)
+    os.replace(temporary, job_note(units_file))
 
 
 def read_record(folder: Path, wid: int) -> dict[str, Any]:

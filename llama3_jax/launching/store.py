@@ -55,6 +55,7 @@ CREATE TABLE IF NOT EXISTS units (
   pid INTEGER,
   gpus TEXT NOT NULL DEFAULT '[]',
   job TEXT,
+  submissions INTEGER NOT NULL DEFAULT 0,
   started REAL,
   ended REAL,
   exit_code INTEGER,
@@ -63,6 +64,8 @@ CREATE TABLE IF NOT EXISTS units (
 );
 CREATE INDEX IF NOT EXISTS units_of_state ON units (state);
 """
+
+_ADDED_COLUMNS = {"submissions": "INTEGER NOT NULL DEFAULT 0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash."""
+    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash,
+    `submissions` the jobs that Slurm was given for it."""
 
     id: int
     xid: int
@@ -100,6 +104,7 @@ class Unit:
     pid: int | None
     gpus: list[int]
     job: str | None
+    submissions: int
     started: float | None
     ended: float | None
     exit_code: int | None
@@ -150,6 +155,10 @@ class Store:
         with self.transaction():
             for statement in _SCHEMA.split(";"):
                 self._db.execute(statement)
+            there = {row["name"] for row in self._db.execute("PRAGMA table_info(units)")}
+            for name, kind in _ADDED_COLUMNS.items():  # to the table of an earlier version
+                if name not in there:
+                    self._db.execute(f"ALTER TABLE units ADD COLUMN {name} {kind}")
 
     def _write_ahead(self) -> None:
         """Readers don't wait for a writer. Two that switch at once may refuse each other."""
@@ -349,7 +358,8 @@ class Store:
         with self.transaction():
             for unit_id, job in jobs.items():
                 self._db.execute(
-                    "UPDATE units SET job = ?, attempt = attempt + 1 WHERE id = ? AND job IS NULL",
+                    "UPDATE units SET job = ?, attempt = attempt + 1,"
+                    " submissions = submissions + 1 WHERE id = ? AND job IS NULL",
                     (job, unit_id),
                 )
 

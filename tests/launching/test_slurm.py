@@ -143,6 +143,20 @@ def test_an_array_with_dependencies_and_a_failure(launch, store, tmp_path):
     assert sorted((tmp_path / "root/1/ran").read_text().splitlines()) == sorted([*lines, "1/6 1"])
 
 
+def test_each_resume_runs_it_again(launch, store, tmp_path):
+    file = """
+from llama3_jax.launching.experiment import WorkUnit
+
+
+def sweep():
+    return [WorkUnit(name="u", command=("sh", "-c", "echo ran >> {experiment}/ran; exit 2"))]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    for runs in (2, 3, 4):
+        assert "1 units queued again" in launch("resume", "1", "--wait")
+        assert (tmp_path / "root/1/ran").read_text() == "ran\n" * runs
+
+
 @pytest.mark.slow  # races a job against the launcher: wants a quiet machine
 def test_a_launcher_killed_before_it_noted_the_job_finds_it_again(launch, store):
     file = COMMANDS.replace("sleep 0.2", "sleep 15")
@@ -151,7 +165,7 @@ def test_a_launcher_killed_before_it_noted_the_job_finds_it_again(launch, store)
     for note in (store.directory(1) / "slurm").glob("*.job"):
         note.unlink()
     for unit in store.units(1):
-        store.observed(unit.id, job=None, attempt=0, state="queued")
+        store.observed(unit.id, job=None, attempt=0, submissions=0, state="queued")
     launch("resume", "1", "--wait")
     assert {
         u.id: u.job for u in store.units(1) if u.name not in ("blocked",)

@@ -1,0 +1,88 @@
+"""What the launcher asks of Slurm, by a stand-in for its programs that notes each call."""
+
+import pytest
+
+from llama3_jax.launching import slurm, slurm_job
+from llama3_jax.launching.store import Store
+
+
+class StandIn:
+    """Numbers jobs and answers squeue with `jobs`; `calls` are the command lines."""
+
+    def __init__(self):
+        self.calls, self.jobs, self.config = [], {}, ""
+
+    def __call__(self, *command, environment=None):
+        self.calls.append(command)
+        if command[0] == "sbatch":
+            return str(100 + len(self.submitted()))
+        if command[:2] == ("scontrol", "show"):
+            return self.config
+        if command[0] == "squeue" and not any(o.startswith("--name=") for o in command):
+            return "".join(f"{job} {state}\n" for job, state in self.jobs.items())
+        return ""
+
+    def submitted(self):
+        return [command for command in self.calls if command[0] == "sbatch"]
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    stand_in = StandIn()
+    monkeypatch.setattr(slurm, "_slurm", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "root")
+
+
+def row(wid: int, **values) -> dict:
+    needs = {"cpus": 1, "gpus": 0, "nodes": 1, "tasks_per_node": 1, "memory_gb": None,
+             "minutes": None, "slurm": []}  # fmt: skip
+    return {
+        "wid": wid, "name": f"u{wid}", "command": ["true"], "workdir": f"/none/{wid}",
+        "environment": {}, "after": [], "requirements": needs, "retries": 0, **values,
+    }  # fmt: skip
+
+
+def added(store, rows):
+    xid, _ = store.add("x", "", "slurm", "/here", {}, lambda _: rows, False)
+    return store.experiment(xid)
+
+
+def write_end(store, unit, state, starts=1, **values):
+    """What a job leaves that started `starts` times."""
+    record = {"job": unit.job, "state": state, "starts": starts, "failures": 1, "started": 1.0,
+              "ended": 2.0, "exit_code": 1, **values}  # fmt: skip
+    slurm_job.write_record(store.directory(unit.xid) / "slurm", unit.wid, record)
+
+
+def test_every_resume_submits(faked, store):
+    experiment = added(store, [row(1)])
+    for submission in range(1, 6):
+        slurm.submit(store, experiment)
+        assert len(faked.submitted()) == submission
+        (unit,) = store.units(1)
+        assert unit.job == f"{100 + submission}_0"
+        write_end(store, unit, "failed")
+        slurm.refresh(store, experiment)
+        assert store.units(1)[0].state == "failed"
+        assert store.resume(1) == 1
+
+
+def test_a_submission_whose_note_was_lost_is_not_repeated(faked, store, monkeypatch):
+    experiment = added(store, [row(1), row(2)])
+    slurm.submit(store, experiment)
+    folder = store.directory(1) / "slurm"
+    (units_file,) = folder.glob("*.units.json")
+    # The launcher is killed after sbatch: no note, and the queue knows nothing of the job.
+    slurm_job.job_note(units_file).unlink()
+    store._db.execute("UPDATE units SET job = NULL, attempt = 0, submissions = 0")
+    # The job runs meanwhile, and is over before anybody looks.
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    slurm_job.note_job(units_file, "101")
+    slurm.submit(store, experiment)
+    assert len(faked.submitted()) == 1
+    assert [unit.job for unit in store.units(1)] == ["101_0", "101_1"]
