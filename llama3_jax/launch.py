@@ -90,7 +90,7 @@ def launch(overrides: list[str]) -> int:
     )
     for remark in remarks:
         console.print(remark, markup=False)
-    again = 0 if is_new else store.resume(xid)
+    again = 0 if is_new else _queue_again(store, store.experiment(xid))
     said = f"{len(units)} work units" if is_new else f"known already; {again} units queued again"
     console.print(f"experiment {xid}: {said}, in {store.directory(xid)}", markup=False)
     return _run(store, xid)
@@ -149,7 +149,7 @@ def stop(where: str) -> int:
 
 def resume(where: str) -> int:
     store, experiment, units = _find(where)
-    count = store.resume(experiment.xid, units[0].wid if "/" in where else None)
+    count = _queue_again(store, experiment, units[0].wid if "/" in where else None)
     console.print(f"{count} units queued again")
     return _run(store, experiment.xid)
 
@@ -182,6 +182,14 @@ COMMANDS = {
 # -------------------------------------------------------------------------------------- helpers
 
 
+def _queue_again(store: Store, experiment: Experiment, wid: int | None = None) -> int:
+    """Queues what failed or was stopped; returns how many units the executor gets again."""
+    _refresh(store, experiment)
+    on_slurm = experiment.executor == "slurm"
+    refused = slurm.unsubmitted(store.units(experiment.xid)) if on_slurm else 0
+    return refused + store.resume(experiment.xid, wid)
+
+
 def _run(store: Store, xid: int) -> int:
     """Hands the queued units to the executor; with --wait, sees them through."""
     experiment = store.experiment(xid)
@@ -199,6 +207,8 @@ def _run(store: Store, xid: int) -> int:
             break
         time.sleep(0.5)
         _refresh(store, experiment)
+        if experiment.executor == "slurm":
+            slurm.submit(store, experiment)  # what Slurm refused to queue again
     status(str(xid))
     return 0 if all(unit.state == "done" for unit in store.units(xid)) else 1
 

@@ -59,6 +59,15 @@ def submit(store: Store, experiment: Experiment) -> None:
                 _submit_array(store, experiment, folder, part, by_wid)
 
 
+def unsubmitted(units: Sequence[Unit]) -> int:
+    """How many wait for nothing but to be submitted: Slurm refused to queue their jobs again."""
+    by_wid = {unit.wid: unit for unit in units}
+    return sum(
+        unit.state == "queued" and unit.job is None
+        and all(by_wid[wid].state == "done" for wid in unit.after) for unit in units
+    )  # fmt: skip
+
+
 def _group_key(unit: Unit) -> str:
     return json.dumps([unit.requirements, unit.after], sort_keys=True)
 
@@ -95,7 +104,7 @@ def _described(unit: Unit) -> dict:
     return {
         "xid": unit.xid, "wid": unit.wid, "command": unit.command, "workdir": unit.workdir,
         "log": str(unit.log), "environment": unit.environment, "retries": unit.retries,
-        "requirements": unit.requirements,
+        "failures": unit.failures, "requirements": unit.requirements,
     }  # fmt: skip
 
 
@@ -151,7 +160,8 @@ def refresh(store: Store, experiment: Experiment) -> None:
     for unit in units:
         record = read_record(folder, unit.wid)
         record = record if record.get("job") == unit.job else {}
-        known = {key: record[key] for key in ("started", "ended", "exit_code") if key in record}
+        keys = ("started", "ended", "exit_code", "failures")
+        known = {key: record[key] for key in keys if key in record}
         if "starts" in record:
             known["attempt"] = record["starts"]
         if record.get("state") in ENDED:
@@ -159,7 +169,11 @@ def refresh(store: Store, experiment: Experiment) -> None:
         elif unit.job in present:
             running = present[unit.job] in ("RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED")
             store.observed(unit.id, state="running" if running else "queued", **known)
-        elif read_record(folder, unit.wid).get("state") not in ENDED:  # else it ended just now
+        elif record.get("refused") and not unit.stop:
+            store.observed(unit.id, state="queued", job=None, **known)  # saved: may be submitted
+        elif (now := read_record(folder, unit.wid)).get("job") != unit.job or (
+            now.get("state") not in ENDED  # else it ended just now
+        ):
             _gone(store, unit, known)
 
 

@@ -21,16 +21,24 @@ from typing import Any
 from llama3_jax.launching.runner import MARK
 from llama3_jax.launching.store import outcome
 
+# The controller may be restarting. A time limit leaves SECONDS_TO_SAVE (slurm.py) for all of this.
+REQUEUE_TRIES, SECONDS_BETWEEN_TRIES = 4, 10
+
 
 def main(units_file: Path) -> int:
     unit = json.loads(units_file.read_text())[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     folder = units_file.parent
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     before = read_record(folder, unit["wid"])
-    record = before if before.get("job") == job else {"job": job, "starts": 0, "failures": 0}
+    record = (
+        before
+        if before.get("job") == job
+        else {"job": job, "starts": 0, "failures": unit["failures"]}
+    )
     # The processes have their own SIGTERM from Slurm; a second one would end them at once.
     signal.signal(signal.SIGTERM, lambda *_: None)
     record |= {"state": "running", "starts": record["starts"] + 1, "started": time.time()}
+    record.pop("refused", None)
     write_record(folder, unit["wid"], record)
     note_job(units_file, os.environ["SLURM_ARRAY_JOB_ID"])
     code = run(unit, record["starts"])
@@ -42,9 +50,30 @@ def main(units_file: Path) -> int:
     if state != "queued":
         return 0 if state == "done" else 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    time.sleep(60)  # Slurm ends this job meanwhile
+    if refusal := requeue(job):
+        record["refused"] = refusal
+        write_record(folder, unit["wid"], record)
+        with open(unit["log"], "a", encoding="utf-8") as log:
+            log.write(f"Slurm did not queue job {job} again ({refusal}); its state is saved, and "
+                      f"`launch resume {unit['xid']}/{unit['wid']}` submits it anew\n")  # fmt: skip
     return 1
+
+
+def requeue(job: str) -> str:
+    """Has Slurm queue this task again, which ends it; returns Slurm's message where it does not.
+
+    `job` is ARRAY_TASK. SLURM_JOB_ID would not do: an array's last task has the array's own id,
+    and with it Slurm requeues every task.
+    """
+    command = ["scontrol", "requeue", job]
+    for attempt in range(REQUEUE_TRIES):
+        if attempt:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode:
+            time.sleep(60)  # Slurm ends this program meanwhile
+            return ""
+    return " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}"
 
 
 def run(unit: dict[str, Any], start: int) -> int:

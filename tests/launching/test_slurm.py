@@ -201,6 +201,43 @@ def sweep():
     assert (crashed.state, crashed.attempt) == ("done", 2)
 
 
+PREEMPTED = """
+from llama3_jax.launching.experiment import WorkUnit
+
+
+def sweep():
+    script = (
+        "echo $LLAMA3_JAX_UNIT >> {experiment}/ran; test -e {workdir}/saved && exit 0; "
+        "trap 'touch {workdir}/saved; exit 75' TERM; touch {workdir}/on; "
+        "until test -e {experiment}/go; do sleep 0.2; done"
+    )
+    return [WorkUnit(name=f"u{i}", command=("sh", "-c", script), retries=0) for i in range(4)]
+"""
+
+
+def test_of_an_array_one_task_is_preempted_and_the_others_run_on(launch, store, tmp_path):
+    folder = tmp_path / "root/1"
+    launch("--config=FILE", "--executor=slurm", file=PREEMPTED)
+    until(lambda: all((folder / f"u{i}/on").exists() for i in range(4)))
+    array = store.units(1)[0].job.partition("_")[0]
+    ids = launch.slurm("squeue", "-h", "--array", "-o", "%F_%K %A").splitlines()
+    assert f"{array}_3 {array}" in [line.strip() for line in ids]  # the last task has its id
+    # The signal of a preemption for the last task, then a preemption of whichever Slurm chooses.
+    launch.slurm("scancel", "--signal=TERM", f"{array}_3")
+    until(lambda: (folder / "u3/saved").exists())
+    until(lambda: release(launch, store) or (folder / "ran").read_text().count("1/4") == 2)
+    until(lambda: launch("status", "1").count(" done ") == 1)
+    assert sorted((folder / "ran").read_text().split()) == ["1/1", "1/2", "1/3", "1/4", "1/4"]
+    more = launch.slurm("sbatch", "--parsable", "--partition=high", "--ntasks=2", "--wrap=sleep 1")
+    until(lambda: sum((folder / f"u{i}/saved").exists() for i in range(3)) == 1)
+    until(lambda: more.strip() not in launch.slurm("squeue", "-h", "-o", "%A"))
+    until(lambda: release(launch, store) or launch("status", "1").count(" done ") == 2)
+    (folder / "go").touch()
+    until(lambda: launch("status", "1").count(" done ") == 4)
+    assert sorted(unit.attempt for unit in store.units(1)) == [1, 1, 2, 2]
+    assert all(unit.failures == 0 for unit in store.units(1))
+
+
 def release(launch, store) -> None:
     """Lets requeued jobs start at once: Slurm makes them wait two minutes."""
     for line in launch.slurm("squeue", "-h", "--array", "-o", "%A %T %r").splitlines():

@@ -1,5 +1,9 @@
 """What the launcher asks of Slurm, by a stand-in for its programs that notes each call."""
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from llama3_jax.launching import slurm, slurm_job
@@ -86,3 +90,65 @@ def test_a_submission_whose_note_was_lost_is_not_repeated(faked, store, monkeypa
     slurm.submit(store, experiment)
     assert len(faked.submitted()) == 1
     assert [unit.job for unit in store.units(1)] == ["101_0", "101_1"]
+
+
+def run_job(monkeypatch, units_file, number, task, code, scontrol):
+    """A task of an array whose unit ends with `code`; `scontrol` gives the answers, in order."""
+    asked, answers = [], iter(scontrol)
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, *next(answers))
+
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", str(number))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+    monkeypatch.setenv("SLURM_JOB_ID", str(number))  # as the last task of an array has it
+    monkeypatch.setattr(slurm_job, "run", lambda unit, start: code)
+    monkeypatch.setattr(slurm_job.subprocess, "run", run)
+    monkeypatch.setattr(slurm_job.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(slurm_job.signal, "signal", lambda *_: None)
+    return slurm_job.main(units_file), asked
+
+
+def logged(folder, units: int = 4) -> list[dict]:
+    (folder / "logs").mkdir()
+    return [row(wid, workdir=str(folder / f"u{wid}")) for wid in range(1, units + 1)]
+
+
+def test_a_requeue_names_one_task_of_the_array(faked, store, tmp_path, monkeypatch):
+    experiment = added(store, logged(tmp_path))
+    slurm.submit(store, experiment)
+    (units_file,) = (store.directory(1) / "slurm").glob("*.units.json")
+    code, asked = run_job(monkeypatch, units_file, 101, 3, 75, [(0, "", "")])
+    assert asked == [["scontrol", "requeue", "101_3"]] and code == 1
+
+
+def test_a_refused_requeue_leaves_the_unit_queued_and_is_submitted_anew(
+    faked, store, tmp_path, monkeypatch
+):
+    experiment = added(store, logged(tmp_path))
+    slurm.submit(store, experiment)
+    (units_file,) = (store.directory(1) / "slurm").glob("*.units.json")
+    refused = (1, "", "slurm_update error: Requeue is disabled")
+    code, asked = run_job(monkeypatch, units_file, 101, 3, 75, [refused] * 9)
+    assert code == 1 and len(asked) == slurm_job.REQUEUE_TRIES
+    faked.jobs = {f"101_{task}": "RUNNING" for task in range(3)}  # the fourth is gone
+    slurm.refresh(store, experiment)
+    unit = store.units(1)[3]
+    assert (unit.state, unit.job, unit.failures) == ("queued", None, 0)
+    assert "Requeue is disabled" in Path(unit.log).read_text()
+    assert slurm.unsubmitted(store.units(1)) == 1
+    slurm.submit(store, experiment)
+    assert len(faked.submitted()) == 2 and store.units(1)[3].job == "102_0"
+    assert json.loads(units_file.read_text())[3]["failures"] == 0
+
+
+def test_a_new_job_that_is_cancelled_before_it_begins_is_seen(faked, store, tmp_path):
+    experiment = added(store, logged(tmp_path, 1))
+    slurm.submit(store, experiment)
+    write_end(store, store.units(1)[0], "failed")
+    slurm.refresh(store, experiment)
+    store.resume(1)
+    slurm.submit(store, experiment)
+    slurm.refresh(store, experiment)  # Slurm has no job 102 any more, and 101 left its record
+    assert store.units(1)[0].state == "failed"
