@@ -85,7 +85,7 @@ def launch(overrides: list[str]) -> int:
         FLAGS.executor,
         os.getcwd(),
         dict(os.environ),
-        lambda directory: prepare.rows(units, file, directory),
+        lambda directory: prepare.rows(units, file, directory, present),
         FLAGS.new,
     )
     for remark in remarks:

@@ -118,10 +118,41 @@ def test_what_a_unit_needs_must_be_there(file, corpora):
     assert "checked when they start" in check(argument="x", after=("earlier",))[0]
 
 
+def declared(tmp_path, text: str, sweep=()) -> list[WorkUnit]:
+    (tmp_path / "needs.py").write_text(
+        f"from llama3_jax.launching.experiment import Requirements, WorkUnit\n{text}"
+    )
+    return prepare.declared_units(f"{tmp_path}/needs.py", sweep, [])
+
+
+def test_requirements_of_the_file_hold_for_units_that_say_none(tmp_path):
+    own = "REQUIREMENTS = Requirements(gpus=8, cpus=16)\n"
+    two = declared(tmp_path, own, ["config.seed=1,2"])
+    assert [u.requirements for u in two] == [Requirements(gpus=8, cpus=16)] * 2
+    sweep = "def sweep(): return [WorkUnit(), WorkUnit(requirements=Requirements()), {'seed': 1}]"
+    units = declared(tmp_path, own + sweep)
+    assert [u.requirements.gpus for u in units] == [8, 0, 8]
+    assert [u.requirements for u in declared(tmp_path, sweep)] == [Requirements()] * 3
+    with pytest.raises(UserError, match="REQUIREMENTS is no"):
+        declared(tmp_path, "REQUIREMENTS = dict(gpus=8)", ["config.seed=1,2"])
+
+
+def test_cpus_come_with_gpus(tmp_path):
+    def cpus(slots, **needs):
+        (row,) = prepare.rows([WorkUnit(name="u", requirements=needs)], "f.py", tmp_path, slots)
+        return row["requirements"]["cpus"]
+
+    assert cpus(None, gpus=8) == 64 and cpus(None) == 1 and cpus(None, gpus=8, cpus=3) == 3
+    assert cpus({"cpus": 12, "gpus": 4}, gpus=2) == 6  # this machine has three for each
+    assert cpus({"cpus": 2, "gpus": 4}, gpus=1) == 1
+    prepare.check([WorkUnit(command=("true",), requirements=Requirements(gpus=2))], "f.py",
+                  {"cpus": 12, "gpus": 4})  # fmt: skip
+
+
 def test_directories_and_number_are_filled_in(tmp_path):
     said = "{root} {xid} {experiment} {workdir} {other}"
     units = work_units([WorkUnit(name="u", door="a.b", arguments=(said,)), "x"])
-    first, second = prepare.rows(units, "f.py", tmp_path / "7")
+    first, second = prepare.rows(units, "f.py", tmp_path / "7", None)
     assert first["command"][1:] == [
         "-m", "a.b", f"{tmp_path} 7 {tmp_path}/7 {tmp_path}/7/u {{other}}",
     ]  # fmt: skip
