@@ -21,6 +21,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -126,7 +127,7 @@ def logs(where: str) -> int:
         raise UserError(f"{where} has {len(units)} units; name one, as {where}/1")
     (unit,) = units
     if FLAGS.follow:
-        for text in look.follow(store, unit, lambda: _refresh(store, experiment)):
+        for text in look.follow(store, unit, _watcher(store, experiment)):
             sys.stdout.write(text)
             sys.stdout.flush()
     elif unit.log.exists():
@@ -199,6 +200,7 @@ def _run(store: Store, xid: int) -> int:
         wake_supervisor(store, _locks(store.root))
     if not FLAGS.wait:
         return 0
+    look_again = _watcher(store, experiment)
     while True:
         units = store.units(xid)
         by_wid = {unit.wid: unit for unit in units}
@@ -206,7 +208,7 @@ def _run(store: Store, xid: int) -> int:
         if all(look.shown_state(unit, by_wid) == "blocked" for unit in open_units):
             break
         time.sleep(0.5)
-        _refresh(store, experiment)
+        look_again()
         if experiment.executor == "slurm":
             slurm.submit(store, experiment)  # what Slurm refused to queue again
     status(str(xid))
@@ -219,6 +221,13 @@ def _refresh(store: Store, experiment: Experiment) -> None:
         slurm.refresh(store, experiment)
     else:
         wake_supervisor(store, _locks(store.root))
+
+
+def _watcher(store: Store, experiment: Experiment) -> Callable[[], None]:
+    """`_refresh` for a loop."""
+    if experiment.executor == "slurm":
+        return slurm.watcher(store, experiment)
+    return lambda: _refresh(store, experiment)
 
 
 _locks = functools.cache(Locks)

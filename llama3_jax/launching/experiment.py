@@ -31,8 +31,9 @@ class Requirements(Config):
 
     `cpus` are by default one, or CPUS_PER_GPU for each GPU (on this machine at most the GPU's share
     of the slots). For Slurm: `cpus` and `gpus` are those of a task; `nodes` x `tasks_per_node`
-    processes make one run (by jax.distributed), `minutes` is the time limit, and `slurm` holds
-    further sbatch options, such as "--partition=h100".
+    processes make one run (by jax.distributed), `minutes` is the time limit, `at_once` how many
+    units of one array run at once, and `slurm` holds further sbatch options, such as
+    "--partition=h100".
     """
 
     cpus: pydantic.PositiveInt | None = None
@@ -41,6 +42,7 @@ class Requirements(Config):
     tasks_per_node: pydantic.PositiveInt = 1
     memory_gb: pydantic.PositiveInt | None = None
     minutes: pydantic.PositiveInt | None = None
+    at_once: pydantic.PositiveInt | None = None
     slurm: tuple[str, ...] = ()
 
     def cpu_count(self, slots: dict[str, int] | None) -> int:

@@ -5,7 +5,7 @@
 #   tests/launching/slurm.sh stop FOLDER
 #
 # Needs root and Debian's slurmctld, slurmd, slurm-client and munge. One node shown as having 4 CPUs,
-# so that several jobs can run on any machine; jobs may be preempted from partition "low" by "high".
+# so that several jobs can run on any machine, and arrays of five at most; jobs may be preempted from partition "low" by "high".
 set -euo pipefail
 action=$1
 mkdir -p "$2"
@@ -51,6 +51,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=30
+MaxArraySize=5
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

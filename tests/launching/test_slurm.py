@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, REPOSITORY, door_environment
 
+from llama3_jax.launching import slurm as slurm_executor
 from llama3_jax.launching.slurm import sbatch_options
 from llama3_jax.launching.store import ENDED, Store
 from llama3_jax.training.metrics import read_metrics
@@ -199,6 +200,32 @@ def sweep():
     until(ended)
     crashed = store.units(1)[2]
     assert (crashed.state, crashed.attempt) == ("done", 2)
+
+
+def test_more_units_than_an_array_may_have(launch, store, monkeypatch):
+    file = """
+from llama3_jax.launching.experiment import Requirements, WorkUnit
+
+REQUIREMENTS = Requirements(at_once=2)
+
+
+def sweep():
+    return [WorkUnit(name=f"u{i}", command=("sleep", "0.1")) for i in range(7)]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    units = store.units(1)
+    assert {unit.state for unit in units} == {"done"}
+    arrays = [unit.job.partition("_")[0] for unit in units]
+    assert len(set(arrays)) == 2 and len(set(arrays[:5])) == 1
+    for moment in (unit.started for unit in units):
+        assert sum(unit.started <= moment < unit.ended for unit in units) <= 2
+    # squeue tells of the jobs that are asked for, and of none where there is none.
+    other = launch.slurm("sbatch", "--parsable", "--array=0-1", "--wrap=sleep 20").strip()
+    monkeypatch.setenv("SLURM_CONF", launch.conf)
+    assert set(slurm_executor._jobs({other})) == {f"{other}_0", f"{other}_1"}
+    assert slurm_executor._jobs({"987654"}) == {}
+    assert set(slurm_executor._jobs({"987654", other})) == {f"{other}_0", f"{other}_1"}
+    launch.slurm("scancel", other)
 
 
 PREEMPTED = """

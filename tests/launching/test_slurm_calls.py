@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llama3_jax.errors import UserError
 from llama3_jax.launching import slurm, slurm_job
 from llama3_jax.launching.store import Store
 
@@ -14,7 +15,7 @@ class StandIn:
     """Numbers jobs and answers squeue with `jobs`; `calls` are the command lines."""
 
     def __init__(self):
-        self.calls, self.jobs, self.config = [], {}, ""
+        self.calls, self.jobs, self.config = [], {}, "MaxArraySize            = 1001"
 
     def __call__(self, *command, environment=None):
         self.calls.append(command)
@@ -152,3 +153,53 @@ def test_a_new_job_that_is_cancelled_before_it_begins_is_seen(faked, store, tmp_
     slurm.submit(store, experiment)
     slurm.refresh(store, experiment)  # Slurm has no job 102 any more, and 101 left its record
     assert store.units(1)[0].state == "failed"
+
+
+def test_arrays_keep_to_the_clusters_limit_and_to_the_units(faked, store):
+    needs = row(1)["requirements"] | {"at_once": 3}
+    experiment = added(store, [row(wid, requirements=needs) for wid in range(1, 12)])
+    faked.config = "MaxArraySize            = 1001\nSchedulerParameters = a=1,max_array_tasks=5"
+    slurm.submit(store, experiment)
+    told = [" ".join(command) for command in faked.submitted()]
+    assert ["--array=0-4%3", "--array=0-4%3", "--array=0-0%3"] == [
+        option for line in told for option in line.split() if option.startswith("--array")]  # fmt: skip
+    # One array after the other: together they would be more than three at once.
+    assert "--dependency" not in told[0] and "--dependency=afterany:101" in told[1]
+    assert "--dependency=afterany:102" in told[2]
+    assert [unit.job for unit in store.units(1)][4:6] == ["101_4", "102_0"]
+    assert slurm.array_limit("MaxArraySize = 7\nSchedulerParameters = (null)") == 7
+    with pytest.raises(UserError, match="no array jobs"):
+        slurm.array_limit("MaxArraySize            = 0")
+
+
+def test_who_waits_asks_slurm_seldom_and_for_the_experiments_jobs(faked, store, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock[0])
+    experiment = added(store, [row(wid) for wid in (1, 2)])
+    slurm.submit(store, experiment)
+    faked.jobs, faked.calls = {"101_0": "RUNNING", "101_1": "PENDING"}, []
+    look = slurm.watcher(store, experiment)
+    for _ in range(200):  # of half a second
+        look()
+        clock[0] += 0.5
+    assert len(faked.calls) == 4
+    assert all("--jobs=101" in command for command in faked.calls)
+    assert [unit.state for unit in store.units(1)] == ["running", "queued"]
+    # The end that a job writes is seen without squeue.
+    write_end(store, store.units(1)[1], "done", exit_code=0)
+    clock[0] = 91.0  # the last squeue was at 90
+    look()
+    assert len(faked.calls) == 4 and store.units(1)[1].state == "done"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(faked, store, monkeypatch, capsys):
+    experiment = added(store, [row(1)])
+    slurm.submit(store, experiment)
+
+    def down(*command, environment=None):
+        raise UserError("squeue: Unable to contact slurm controller (connect failure)")
+
+    monkeypatch.setattr(slurm, "_slurm", down)
+    slurm.watcher(store, experiment)()
+    assert "warning: squeue: Unable to contact" in capsys.readouterr().err
+    assert store.units(1)[0].state == "queued"
