@@ -82,8 +82,11 @@ def run(unit: dict[str, Any], start: int) -> int:
     command = [
         "srun", f"--nodes={needs['nodes']}", f"--ntasks-per-node={needs['tasks_per_node']}",
         f"--ntasks={needs['nodes'] * needs['tasks_per_node']}",
-        f"--cpus-per-task={needs['cpus']}", "--kill-on-bad-exit=0", *unit["command"],
+        f"--cpus-per-task={needs['cpus']}", "--kill-on-bad-exit=0",
     ]  # fmt: skip
+    if needs["gpus"]:
+        command += [sys.executable, "-m", "llama3_jax.launching.slurm_task", str(needs["gpus"])]
+    command += unit["command"]
     own = {MARK: f"{unit['xid']}/{unit['wid']}", "PYTHONUNBUFFERED": "1"}
     Path(unit["workdir"]).mkdir(parents=True, exist_ok=True)
     log_path = Path(unit["log"])

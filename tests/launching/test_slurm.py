@@ -228,6 +228,30 @@ def sweep():
     launch.slurm("scancel", other)
 
 
+def test_each_task_of_a_node_has_its_own_gpus(launch, store, tmp_path):
+    file = """
+from llama3_jax.launching.experiment import Requirements, WorkUnit
+
+
+def sweep():
+    say = ("sh", "-c", "echo $SLURM_LOCALID $CUDA_VISIBLE_DEVICES $JAX_LOCAL_DEVICE_IDS >> {experiment}/$0")
+    one = dict(gpus=2, cpus=1)
+    return [
+        WorkUnit(name="two", command=(*say, "two.txt"), requirements=one | dict(tasks_per_node=2)),
+        WorkUnit(name="one", command=(*say, "one.txt"), requirements=one),
+        WorkUnit(name="none", command=(*say, "none.txt")),
+    ]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    folder = tmp_path / "root/1"
+    assert {unit.state for unit in store.units(1)} == {"done"}, store.units(1)[0].log.read_text()
+    two = sorted((folder / "two.txt").read_text().splitlines())
+    assert two == ["0 0,1 0,1", "1 2,3 0,1"]
+    rank, devices, local = (folder / "one.txt").read_text().split()
+    assert rank == "0" and devices in ("0,1", "2,3") and local == "0,1"
+    assert (folder / "none.txt").read_text().split() == ["0"]
+
+
 PREEMPTED = """
 from llama3_jax.launching.experiment import WorkUnit
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama3_jax.errors import UserError
-from llama3_jax.launching import slurm, slurm_job
+from llama3_jax.launching import slurm, slurm_job, slurm_task
 from llama3_jax.launching.store import Store
 
 
@@ -203,3 +203,23 @@ def test_a_controller_that_does_not_answer_is_asked_again(faked, store, monkeypa
     slurm.watcher(store, experiment)()
     assert "warning: squeue: Unable to contact" in capsys.readouterr().err
     assert store.units(1)[0].state == "queued"
+
+
+def test_the_share_of_a_nodes_gpus():
+    def share(gpus, rank, visible, tasks="2(x3)", node=1):
+        own = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        place = {"SLURM_LOCALID": str(rank), "SLURM_NODEID": str(node)}
+        return slurm_task.device_environment(
+            gpus, own | place | {"SLURM_STEP_TASKS_PER_NODE": tasks}
+        )
+
+    assert share(4, 1, "0,1,2,3,4,5,6,7") == {
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7", "JAX_LOCAL_DEVICE_IDS": "0,1,2,3",
+    }  # fmt: skip
+    assert share(1, 0, "GPU-a,GPU-b")["CUDA_VISIBLE_DEVICES"] == "GPU-a"
+    assert share(2, 1, "5,6")["CUDA_VISIBLE_DEVICES"] == "5,6"  # bound by Slurm already
+    assert share(2, 1, None)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert share(8, 0, "0,1,2,3,4,5,6,7", "1(x16)", 15)["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
+    assert slurm_task.tasks_here({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}) == 1
+    with pytest.raises(ValueError, match="2 tasks of 2 GPUs are on this node, which shows 3"):
+        share(2, 0, "0,1,2")
