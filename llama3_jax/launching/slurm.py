@@ -131,7 +131,7 @@ def _described(unit: Unit) -> dict:
     return {
         "xid": unit.xid, "wid": unit.wid, "command": unit.command, "workdir": unit.workdir,
         "log": str(unit.log), "environment": unit.environment, "retries": unit.retries,
-        "failures": unit.failures, "requirements": unit.requirements,
+        "failures": unit.failures, "checkpoint": unit.checkpoint, "requirements": unit.requirements,
     }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def refresh(store: Store, experiment: Experiment, ask: bool = True) -> None:
     present = _jobs({unit.job.partition("_")[0] for unit in units}) if ask else None
     for unit in units:
         record = _own_record(folder, unit)
-        keys = ("started", "ended", "exit_code", "failures")
+        keys = ("started", "ended", "exit_code", "failures", "checkpoint")
         known = {key: record[key] for key in keys if key in record}
         if "starts" in record:
             known["attempt"] = record["starts"]

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llama3_jax.launching.outcome import newest_checkpoint, outcome
 from llama3_jax.launching.runner import MARK
-from llama3_jax.launching.store import outcome
 
 # The controller may be restarting. A time limit leaves SECONDS_TO_SAVE (slurm.py) for all of this.
 REQUEUE_TRIES, SECONDS_BETWEEN_TRIES = 4, 10
@@ -30,11 +30,10 @@ def main(units_file: Path) -> int:
     folder = units_file.parent
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     before = read_record(folder, unit["wid"])
-    record = (
-        before
-        if before.get("job") == job
-        else {"job": job, "starts": 0, "failures": unit["failures"]}
-    )
+    record = before
+    if before.get("job") != job:
+        record = {"job": job, "starts": 0}
+        record |= {name: unit[name] for name in ("failures", "checkpoint")}
     # The processes have their own SIGTERM from Slurm; a second one would end them at once.
     signal.signal(signal.SIGTERM, lambda *_: None)
     record |= {"state": "running", "starts": record["starts"] + 1, "started": time.time()}
@@ -43,9 +42,11 @@ def main(units_file: Path) -> int:
     note_job(units_file, os.environ["SLURM_ARRAY_JOB_ID"])
     code = run(unit, record["starts"])
     stopping = stop_file(folder, unit["wid"]).exists()
-    seconds = time.time() - record["started"]
-    state, failures = outcome(code, stopping, record["failures"], unit["retries"], seconds)
-    record |= {"state": state, "failures": failures, "exit_code": code, "ended": time.time()}
+    reached = newest_checkpoint(unit["workdir"])
+    progressed = reached > record["checkpoint"]
+    state, failures = outcome(code, stopping, record["failures"], unit["retries"], progressed)
+    record |= {"state": state, "failures": failures, "exit_code": code, "ended": time.time(),
+               "checkpoint": max(reached, record["checkpoint"])}  # fmt: skip
     write_record(folder, unit["wid"], record)
     if state != "queued":
         return 0 if state == "done" else 1

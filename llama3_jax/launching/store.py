@@ -9,63 +9,19 @@ The standard library alone: each unit's runner imports this.
 
 import dataclasses
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from llama3_jax.launching import database
+from llama3_jax.launching.outcome import KILLED, newest_checkpoint, outcome
 
 DATABASE = "launch.sqlite3"
 ENDED = ("done", "failed", "stopped")
 STATES = ("queued", "starting", "running", *ENDED)
-# Exit codes of the doors (llama3_jax/cli.py, which this file does not import: it brings JAX).
-USER_ERROR, REQUEUE, INTERRUPTED = 2, 75, 130
-LONG_RUN = 1_800.0
-KILLED = 137  # what a shell says of a program that SIGKILL ended
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS experiments (
-  xid INTEGER PRIMARY KEY AUTOINCREMENT,
-  title TEXT NOT NULL,
-  fingerprint TEXT NOT NULL,
-  executor TEXT NOT NULL,
-  cwd TEXT NOT NULL,
-  environment TEXT NOT NULL,
-  created REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS units (
-  id INTEGER PRIMARY KEY AUTOINCREMENT,
-  xid INTEGER NOT NULL REFERENCES experiments,
-  wid INTEGER NOT NULL,
-  name TEXT NOT NULL,
-  command TEXT NOT NULL,
-  workdir TEXT NOT NULL,
-  environment TEXT NOT NULL,
-  after TEXT NOT NULL,
-  requirements TEXT NOT NULL,
-  retries INTEGER NOT NULL,
-  state TEXT NOT NULL,
-  attempt INTEGER NOT NULL DEFAULT 0,
-  failures INTEGER NOT NULL DEFAULT 0,
-  stop REAL,
-  signalled REAL,
-  pid INTEGER,
-  gpus TEXT NOT NULL DEFAULT '[]',
-  job TEXT,
-  submissions INTEGER NOT NULL DEFAULT 0,
-  started REAL,
-  ended REAL,
-  exit_code INTEGER,
-  UNIQUE (xid, wid),
-  UNIQUE (xid, name)
-);
-CREATE INDEX IF NOT EXISTS units_of_state ON units (state);
-"""
-
-_ADDED_COLUMNS = {"submissions": "INTEGER NOT NULL DEFAULT 0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +39,9 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash,
-    `submissions` the jobs that Slurm was given for it."""
+    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash without a
+    new checkpoint, `submissions` the jobs that Slurm was given for it; `checkpoint` is the newest
+    step that an attempt left."""
 
     id: int
     xid: int
@@ -99,6 +56,7 @@ class Unit:
     state: str
     attempt: int
     failures: int
+    checkpoint: int
     stop: float | None
     signalled: float | None
     pid: int | None
@@ -118,71 +76,19 @@ class Unit:
 _JSON = ("command", "environment", "after", "requirements", "gpus")
 
 
-def outcome(
-    code: int, stopping: bool, failures: int, retries: int, seconds: float = 0.0
-) -> tuple[str, int]:
-    """(state, failures) of a unit whose program ended with `code` after `seconds`.
-
-    The same rule for all executors: 0 is done; after a stop, whatever else it is, stopped; 75 asks
-    to be queued again; 2 needs a person; Ctrl-C was one; anything else (a lost process, a hang, a crash) is tried again, up
-    to `retries` times in a row: who ran for LONG_RUN seconds starts to be counted anew, for on many
-    machines a long run is interrupted again and again.
-    """
-    failures = 0 if seconds >= LONG_RUN else failures
-    if code == 0:
-        return "done", failures
-    if stopping or code == INTERRUPTED:
-        return "stopped", failures
-    if code == REQUEUE:
-        return "queued", failures
-    if code == USER_ERROR:
-        return "failed", failures + 1
-    return ("queued" if failures < retries else "failed"), failures + 1
-
-
 class Store:
     """The experiments of a root folder."""
 
     def __init__(self, root: Path | str):
         self.root = Path(root).absolute()
         self.root.mkdir(parents=True, exist_ok=True)
-        path = self.root / DATABASE
-        # The environment of a launch is kept: nobody else's business.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._write_ahead()
-        with self.transaction():
-            for statement in _SCHEMA.split(";"):
-                self._db.execute(statement)
-            there = {row["name"] for row in self._db.execute("PRAGMA table_info(units)")}
-            for name, kind in _ADDED_COLUMNS.items():  # to the table of an earlier version
-                if name not in there:
-                    self._db.execute(f"ALTER TABLE units ADD COLUMN {name} {kind}")
-
-    def _write_ahead(self) -> None:
-        """Readers don't wait for a writer. Two that switch at once may refuse each other."""
-        for attempt in range(100):
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.05)
+        self._db = database.connect(self.root / DATABASE)
 
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def transaction(self):
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def transaction(self) -> AbstractContextManager[None]:
+        return database.transaction(self._db)
 
     # ------------------------------------------------------------------------------- launchers
 
@@ -333,14 +239,14 @@ class Store:
             unit = self.unit(unit_id)
             if unit.state != "running" or unit.attempt != attempt:
                 return None
-            seconds = time.time() - unit.started
+            reached = newest_checkpoint(unit.workdir)
             state, failures = outcome(
-                code, unit.stop is not None, unit.failures, unit.retries, seconds
+                code, unit.stop is not None, unit.failures, unit.retries, reached > unit.checkpoint
             )
             self._db.execute(
-                "UPDATE units SET state = ?, failures = ?, ended = ?, exit_code = ?, pid = NULL"
-                " WHERE id = ?",
-                (state, failures, time.time(), code, unit_id),
+                "UPDATE units SET state = ?, failures = ?, ended = ?, exit_code = ?, pid = NULL,"
+                " checkpoint = ? WHERE id = ?",
+                (state, failures, time.time(), code, max(reached, unit.checkpoint), unit_id),
             )
         return state
 

@@ -5,7 +5,8 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.launching import prepare, sweeps
 from llama3_jax.launching.experiment import Requirements, WorkUnit, work_units
-from llama3_jax.launching.store import outcome
+from llama3_jax.launching.outcome import CHECKPOINTS, newest_checkpoint, outcome
+from llama3_jax.training import checkpoint
 
 
 def test_sweeps_combine():
@@ -178,4 +179,12 @@ def test_outcomes():
     assert outcome(2, False, 0, 2) == ("failed", 1)
     assert outcome(3, False, 1, 2) == ("queued", 2)
     assert outcome(137, False, 2, 2) == ("failed", 3)
-    assert outcome(4, False, 2, 2, seconds=4_000) == ("queued", 1)
+    assert outcome(4, False, 2, 2, progressed=True) == ("queued", 1)
+
+
+def test_progress_is_a_newer_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) == 0
+    for name in ("9", "10", "12.orbax-checkpoint-tmp", "lock"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == 10
+    assert CHECKPOINTS == checkpoint.CHECKPOINTS
