@@ -21,7 +21,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -29,7 +29,7 @@ from rich.console import Console
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.launching import look, prepare, slurm
+from llama3_jax.launching import look, prepare, revision, slurm
 from llama3_jax.launching.locks import Locks
 from llama3_jax.launching.runner import wake_supervisor
 from llama3_jax.launching.store import DATABASE, ENDED, Experiment, Store, Unit
@@ -38,6 +38,7 @@ from llama3_jax.launching.supervisor import machine, slots
 FLAGS = flags.FLAGS
 console = Console(soft_wrap=True, highlight=False)
 EXECUTORS = ("local", "slurm")
+SHOWN_LAUNCHES = 3
 
 
 def define_flags() -> None:
@@ -88,9 +89,11 @@ def launch(overrides: list[str]) -> int:
         dict(os.environ),
         lambda directory: prepare.rows(units, file, directory, present),
         FLAGS.new,
+        prepare.content(units, file),
     )
     for remark in remarks:
         console.print(remark, markup=False)
+    _record_launch(store, store.experiment(xid), [Path(file)])
     again = 0 if is_new else _queue_again(store, store.experiment(xid))
     said = f"{len(units)} work units" if is_new else f"known already; {again} units queued again"
     console.print(f"experiment {xid}: {said}, in {store.directory(xid)}", markup=False)
@@ -112,6 +115,8 @@ def status(where: str) -> int:
     wids = {unit.wid for unit in units}
     units = [unit for unit in of if unit.wid in wids]
     console.print(look.units_table(units, of))
+    for line in look.launch_lines(store, experiment)[-SHOWN_LAUNCHES:]:
+        console.print(line, markup=False)
     for unit in units:
         if unit.state == "failed":
             console.print(f"unit {unit.xid}/{unit.wid} ({unit.name}) ended with code "
@@ -150,6 +155,7 @@ def stop(where: str) -> int:
 
 def resume(where: str) -> int:
     store, experiment, units = _find(where)
+    _record_launch(store, experiment)
     count = _queue_again(store, experiment, units[0].wid if "/" in where else None)
     console.print(f"{count} units queued again")
     return _run(store, experiment.xid)
@@ -181,6 +187,17 @@ COMMANDS = {
 
 
 # -------------------------------------------------------------------------------------- helpers
+
+
+def _record_launch(store: Store, experiment: Experiment, files: Sequence[Path] = ()) -> None:
+    """Notes the command, its environment and the code, and copies the config files."""
+    commands = [unit.command for unit in store.units(experiment.xid)]
+    files = [*files, *prepare.config_files(commands, Path(experiment.cwd))]
+    files = list({path.resolve(): path for path in files}.values())
+    found = revision.revisions(files)
+    number = store.launched(experiment.xid, sys.argv[1:], dict(os.environ), [*map(str, found)])
+    folder = store.directory(experiment.xid) / revision.LAUNCHES / str(number)
+    revision.save(folder, found, files)
 
 
 def _queue_again(store: Store, experiment: Experiment, wid: int | None = None) -> int:

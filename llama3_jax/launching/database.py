@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS experiments (
   xid INTEGER PRIMARY KEY AUTOINCREMENT,
   title TEXT NOT NULL,
   fingerprint TEXT NOT NULL,
+  content TEXT NOT NULL DEFAULT '',
   executor TEXT NOT NULL,
   cwd TEXT NOT NULL,
   environment TEXT NOT NULL,
@@ -57,11 +58,24 @@ CREATE TABLE IF NOT EXISTS units (
   UNIQUE (xid, wid),
   UNIQUE (xid, name)
 );
+CREATE TABLE IF NOT EXISTS launches (
+  xid INTEGER NOT NULL REFERENCES experiments,
+  number INTEGER NOT NULL,
+  created REAL NOT NULL,
+  command TEXT NOT NULL,
+  host TEXT NOT NULL,
+  environment TEXT NOT NULL,
+  revisions TEXT NOT NULL,
+  PRIMARY KEY (xid, number)
+);
 CREATE INDEX IF NOT EXISTS units_of_state ON units (state);
 """
 # What tables of earlier versions lack.
 _COUNT = "INTEGER NOT NULL DEFAULT 0"
-_ADDED = {"units": {"submissions": _COUNT, "checkpoint": _COUNT}}
+_ADDED = {
+    "experiments": {"content": "TEXT NOT NULL DEFAULT ''"},
+    "units": {"submissions": _COUNT, "checkpoint": _COUNT},
+}
 
 
 def connect(path: Path) -> sqlite3.Connection:

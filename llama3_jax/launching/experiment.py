@@ -22,6 +22,8 @@ CONFIGURED = ("train", "curate")
 DOORS = (*CONFIGURED, "evaluate", "fit")
 # Feeding a GPU, and what XLA compiles, take several cores; nodes have 12 and more for each GPU.
 CPUS_PER_GPU = 8
+# Folders of an experiment that are no unit's.
+RESERVED = ("logs", "slurm", "sections", "launches")
 # In `argument`, `arguments`, `command` and string overrides.
 WORKDIR, EXPERIMENT, ROOT, XID = "{workdir}", "{experiment}", "{root}", "{xid}"
 
@@ -139,6 +141,8 @@ def _check(units: Sequence[WorkUnit]) -> None:
     for unit in units:
         if re.search(r"[/\s]", unit.name) or unit.name.startswith("."):
             raise UserError(f"work unit {unit.name!r}: a name is one directory's, without blanks")
+        if unit.name in RESERVED:
+            raise UserError(f"work unit {unit.name!r}: the experiment's own folder has that name")
         if unit.name in by_name:
             raise UserError(f"two work units are named {unit.name!r}")
         if not unit.command and "." not in unit.door and unit.door not in DOORS:

@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -162,6 +162,32 @@ def fingerprint(units: Sequence[WorkUnit], file: str, executor: str) -> str:
     """The same for the same command on the same declaration."""
     said = [str(Path(file).absolute()), executor, [unit.model_dump() for unit in units]]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content(units: Sequence[WorkUnit], file: str) -> str:
+    """The same for configs of the same values, whichever file they come from.
+
+    Of units that wait for others, whose configs may read what these write, it is the file.
+
+    Raises:
+      UserError: a config is wrong.
+    """
+    said = []
+    for unit in units:
+        if unit.command or unit.door not in CONFIGURED:
+            continue
+        if unit.after:
+            said.append(Path(unit.config or file).read_text(encoding="utf-8"))
+        else:
+            said.append(cli.load_config(unit.config_flags(file)).to_dict())
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def config_files(commands: Iterable[Sequence[str]], folder: Path) -> list[Path]:
+    """The config files that command lines name, relative ones in `folder`."""
+    named = (part for command in commands for part in command if part.startswith("--config="))
+    files = dict.fromkeys(part.removeprefix("--config=").partition(":")[0] for part in named)
+    return [folder / file for file in files if (folder / file).is_file()]
 
 
 def rows(

@@ -9,6 +9,7 @@ The standard library alone: each unit's runner imports this.
 
 import dataclasses
 import json
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from llama3_jax.errors import UserError
 from llama3_jax.launching import database
 from llama3_jax.launching.outcome import KILLED, newest_checkpoint, outcome
 
@@ -26,15 +28,32 @@ STATES = ("queued", "starting", "running", *ENDED)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """`executor` is "local" or "slurm"; `cwd` and `environment` are those of the launch."""
+    """`executor` is "local" or "slurm"; `environment` is that of the last launch or resume.
+
+    `fingerprint` stands for what was declared, `content` for what the config files said then.
+    """
 
     xid: int
     title: str
     fingerprint: str
+    content: str
     executor: str
     cwd: str
     environment: dict[str, str]
     created: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One `launch` or `resume` of an experiment: its arguments, and the code that it found."""
+
+    xid: int
+    number: int
+    created: float
+    command: list[str]
+    host: str
+    environment: dict[str, str]
+    revisions: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +92,7 @@ class Unit:
         return Path(self.workdir).parent / "logs" / f"{self.wid}.log"
 
 
-_JSON = ("command", "environment", "after", "requirements", "gpus")
+_JSON = ("command", "environment", "after", "requirements", "gpus", "revisions")
 
 
 class Store:
@@ -94,21 +113,34 @@ class Store:
 
     def add(
         self, title: str, fingerprint: str, executor: str, cwd: str, environment: dict[str, str],
-        units: Callable[[Path], Sequence[dict[str, Any]]], new: bool,
+        units: Callable[[Path], Sequence[dict[str, Any]]], new: bool, content: str = "",
     ) -> tuple[int, bool]:  # fmt: skip
         """(XID, whether it is new): all of an experiment is queued at once, or nothing.
 
-        `units(directory)` gives the rows. An experiment of the same fingerprint is that experiment,
-        unless `new`: so the same command after a crash goes on with the same XID.
+        `units(directory)` gives the rows. An experiment of the same fingerprint and content is that
+        experiment, unless `new`: so the same command after a crash goes on with the same XID.
+
+        Raises:
+          UserError: the declaration is known, but its config files have been edited since.
         """
         with self.transaction():
-            query = "SELECT xid FROM experiments WHERE fingerprint = ? ORDER BY xid DESC"
-            if not new and (row := self._db.execute(query, (fingerprint,)).fetchone()):
-                return row["xid"], False
+            query = "SELECT xid, content FROM experiments WHERE fingerprint = ? ORDER BY xid DESC"
+            known = [] if new else self._db.execute(query, (fingerprint,)).fetchall()
+            for row in known:
+                if row["content"] == content:
+                    return row["xid"], False
+            if known:
+                raise UserError(
+                    f"the config has been edited since experiment {known[0]['xid']} was launched: "
+                    "--new launches another experiment with it, and `launch resume "
+                    f"{known[0]['xid']}` goes on with that one, whose units that have not begun "
+                    "read the edited files"
+                )
             xid = self._db.execute(
-                "INSERT INTO experiments (title, fingerprint, executor, cwd, environment, created)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (title, fingerprint, executor, cwd, json.dumps(environment), time.time()),
+                "INSERT INTO experiments"
+                " (title, fingerprint, content, executor, cwd, environment, created)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (title, fingerprint, content, executor, cwd, json.dumps(environment), time.time()),
             ).lastrowid
             for row in units(self.directory(xid)):
                 values = {k: json.dumps(v) if k in _JSON else v for k, v in row.items()}
@@ -119,6 +151,23 @@ class Store:
                     (xid, "queued", *values.values()),
                 )
         return xid, True
+
+    def launched(
+        self, xid: int, command: Sequence[str], environment: dict[str, str],
+        revisions: Sequence[str],
+    ) -> int:  # fmt: skip
+        """Records a launch or resume, whose environment units get from now on; its number."""
+        said = json.dumps(environment)
+        with self.transaction():
+            query = "SELECT COUNT(*) FROM launches WHERE xid = ?"
+            number = self._db.execute(query, (xid,)).fetchone()[0] + 1
+            self._db.execute(
+                "INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (xid, number, time.time(), json.dumps(list(command)), socket.gethostname(), said,
+                 json.dumps(list(revisions))),
+            )  # fmt: skip
+            self._db.execute("UPDATE experiments SET environment = ? WHERE xid = ?", (said, xid))
+        return number
 
     def resume(self, xid: int, wid: int | None = None) -> int:
         """Queues again what failed or was stopped; returns how many units."""
@@ -171,6 +220,10 @@ class Store:
     def experiment(self, xid: int) -> Experiment | None:
         row = self._db.execute("SELECT * FROM experiments WHERE xid = ?", (xid,)).fetchone()
         return Experiment(**_decoded(row)) if row else None
+
+    def launches(self, xid: int) -> list[Launch]:
+        rows = self._db.execute("SELECT * FROM launches WHERE xid = ? ORDER BY number", (xid,))
+        return [Launch(**_decoded(row)) for row in rows]
 
     def units(self, xid: int) -> list[Unit]:
         return self._units("WHERE xid = ? ORDER BY wid", xid)

@@ -47,11 +47,12 @@ def test_entries_become_units_with_directory_names():
         ([3], "entry 1 is a int"),
         (["a", "a"], "two work units are named 'a'"),
         ([WorkUnit(name="a/b")], "one directory's"),
+        ([WorkUnit(name="logs")], "the experiment's own folder"),
         ([WorkUnit(door="trian")], "door 'trian' is none of train"),
         ([WorkUnit(name="a", after=("b",))], "'a' waits for 'b', which is none"),
         ([WorkUnit(name=n, after=(a,)) for n, a in ("ab", "bc", "ca")], "a, b, c wait for each"),
     ],
-    ids=["none", "kind", "twice", "slash", "door", "unknown", "circle"],
+    ids=["none", "kind", "twice", "slash", "reserved", "door", "unknown", "circle"],
 )
 def test_declarations_that_cannot_be_run(entries, message):
     with pytest.raises(UserError, match=message):
@@ -169,6 +170,22 @@ def test_the_same_declaration_has_the_same_fingerprint():
         (work_units([WorkUnit(name=n, argument=n, retries=0) for n in "ab"]), "f.py", "local"),
     ]  # fmt: skip
     assert len({same, *(prepare.fingerprint(*other) for other in others)}) == 5
+
+
+def test_the_content_is_that_of_the_values(file, corpora):
+    def content():
+        return prepare.content(prepare.declared_units(f"{file}:{corpora}", [], []), str(file))
+
+    before = content()
+    file.write_text(TRAINING + "# a comment\n")
+    assert content() == before
+    file.write_text(TRAINING.replace("1e-3", "2e-3"))
+    assert content() != before
+    # What waits for others is not loaded: its file counts as it is written.
+    later = [WorkUnit(name="u", config=str(file), argument="/none", after=("x",))]
+    said = prepare.content(later, "f.py")
+    file.write_text(TRAINING)
+    assert prepare.content(later, "f.py") != said
 
 
 def test_outcomes():

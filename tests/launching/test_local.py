@@ -220,6 +220,37 @@ def test_looking(launch, store):
     assert look.duration(store.units(1)[0]).startswith("0:00:0")
 
 
+def test_an_edited_config_is_not_known_already(launch, store, tmp_path):
+    def config(lr):
+        return f"""
+import ml_collections
+
+
+def get_config():
+    return ml_collections.ConfigDict(dict(lr={lr}))
+
+
+def sweep():
+    from llama3_jax.launching.experiment import WorkUnit
+
+    return [WorkUnit(name="first", command=("true",)),
+            WorkUnit(name="u", door="curate", after=("first",), retries=0)]
+"""
+
+    assert launch("--config=UNITS", "--wait", units=config("1"))[0] == 1  # no curation's config
+    code, _, error = launch("--config=UNITS", units=config("2"))
+    assert code == 2 and "edited since experiment 1 was launched" in error
+    assert len(store.experiments()) == 1
+    code, out, _ = launch("resume", "1", units=config("2"))
+    assert "1 units queued again" in out
+    first, second = store.launches(1)
+    assert first.command[0].startswith("--config=") and second.command[:2] == ["resume", "1"]
+    assert "lr=1" in (tmp_path / "root/1/launches/1/1-units.py").read_text()
+    assert "lr=2" in (tmp_path / "root/1/launches/2/1-units.py").read_text()
+    shown = launch("status", "1")[1]
+    assert f"launch 2, {look.clock(second.created)} on " in shown and "resume 1" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -128,3 +128,29 @@ def test_a_file_that_is_no_queue_is_one_line(tmp_path):
     (tmp_path / DATABASE).write_bytes(b"not a database, but long enough to be read as one" * 20)
     with pytest.raises(UserError, match="file is not a database; .* another --root"):
         Store(tmp_path)
+
+
+def test_an_edited_config_is_an_error_that_says_so(store, tmp_path):
+    def add(content: str, new: bool = False):
+        row = {"wid": 1, "name": "u", "command": [], "workdir": "", "environment": {}, "after": [],
+               "requirements": {}, "retries": 0}  # fmt: skip
+        return store.add("x", "declared", "local", "/", {}, lambda _: [row], new, content)
+
+    assert add("a") == (1, True) and add("a") == (1, False)
+    with pytest.raises(
+        UserError, match="edited since experiment 1 was launched: --new .*resume 1`"
+    ):
+        add("b")
+    assert len(store.experiments()) == 1
+    assert add("b", new=True) == (2, True)
+    assert add("b") == (2, False) and add("a") == (1, False)
+
+
+def test_each_launch_is_recorded_and_the_last_ones_environment_is_used(store):
+    unit = added(store, Path("/w"))
+    assert store.launched(unit.xid, ["--config=a.py"], {"A": "1"}, ["here at 01"]) == 1
+    assert store.launched(unit.xid, ["resume", "1"], {"A": "2"}, []) == 2
+    assert store.experiment(unit.xid).environment == {"A": "2"}
+    first, second = store.launches(unit.xid)
+    assert (first.environment, first.revisions) == ({"A": "1"}, ["here at 01"])
+    assert second.command == ["resume", "1"] and second.revisions == []
