@@ -19,6 +19,7 @@ command again is the same experiment: it queues what failed or was stopped. --ne
 
 import functools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -97,6 +98,11 @@ def launch(overrides: list[str]) -> int:
     again = 0 if is_new else _queue_again(store, store.experiment(xid))
     said = f"{len(units)} work units" if is_new else f"known already; {again} units queued again"
     console.print(f"experiment {xid}: {said}, in {store.directory(xid)}", markup=False)
+    if not FLAGS.wait:
+        default = FLAGS["root"].value == FLAGS["root"].default
+        root = "" if default else f" --root={shlex.quote(FLAGS.root)}"
+        console.print(f"look: python -m llama3_jax.launch status {xid}{root} (or logs {xid}/1 -f, "
+                      f"stop {xid}, resume {xid}, report {xid})", markup=False)  # fmt: skip
     return _run(store, xid)
 
 
@@ -272,23 +278,35 @@ def _find(where: str) -> tuple[Store, Experiment, list[Unit]]:
 
 
 def main(arguments: list[str]) -> None:
+    """Options and words (COMMAND, XID/WID) may come in any order."""
     program, *rest = arguments
-    command = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-    where = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     overrides = [argument for argument in rest if argument.startswith("--config.")]
-    rest = [argument for argument in rest if argument not in overrides]
+    options = [program, *(argument for argument in rest if argument not in overrides)]
     define_flags()
+    FLAGS.set_gnu_getopt(True)
+    try:
+        _, *words = FLAGS(options)
+        options = [program]  # they are parsed
+    except flags.Error:  # cli.run meets it again, and says so; or it is --help
+        words = []
 
     def run(_) -> int:
+        command, where, *more = [*words, "", ""][: max(len(words), 2)]
+        if more:
+            raise UserError(f"unexpected argument {more[0]!r} after {command} {where}")
         if not command:
             return launch(overrides)
         if command not in COMMANDS:
             raise UserError(f"{command!r} is no command; known: {', '.join(COMMANDS)}")
+        if overrides:
+            raise UserError(f"{overrides[0]}: {command} takes no config")
         if not where and command != "list":
             raise UserError(f"{command}: XID or XID/WID is required; see `launch list`")
+        if where and command == "list":
+            raise UserError(f"list: unexpected argument {where!r}")
         return COMMANDS[command](where)
 
-    cli.run(run, [program, *rest])
+    cli.run(run, options)
 
 
 if __name__ == "__main__":

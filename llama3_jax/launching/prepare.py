@@ -58,6 +58,9 @@ def declared_units(
         unit if unit.requirements else unit.model_copy(update={"requirements": needs})
         for unit in units
     ]
+    for option in overrides:
+        if "=" not in option:
+            raise UserError(f"{option}: a value is missing; {option}=VALUE is expected")
     more = dict(option.removeprefix("--").split("=", 1) for option in overrides)
     return [
         unit.model_copy(update={"overrides": unit.overrides | more})

@@ -263,6 +263,13 @@ def sweep():
         (["--config=/nowhere.py"], "--config=/nowhere.py: there is no such file"),
         (["--config=UNITS"], "missing a required argument: 'argument'"),
         (["--confg=UNITS:0,0"], "Unknown command line flag 'confg'. Did you mean: config"),
+        (
+            ["--config=UNITS:0,0", "--config.seed"],
+            "--config.seed: a value is missing; --config.seed=V",
+        ),
+        (["status", "1", "2"], "unexpected argument '2' after status 1"),
+        (["list", "1"], "list: unexpected argument '1'"),
+        (["status", "1", "--config.seed=1"], "--config.seed=1: status takes no config"),
         (["--config=UNITS:0,0", "--executor=slurm"], "there is no Slurm here (no sbatch)"),
     ],
 )
@@ -275,6 +282,18 @@ def test_one_line_that_names_the_mistake(launch, store, monkeypatch, arguments, 
     code, _, error = launch(*arguments)
     assert code == 2 and message in error and error.count("\n") == 1
     assert store.experiments() == before
+
+
+def test_options_and_words_come_in_any_order(launch, store, tmp_path):
+    out = launch("--config=UNITS:0,0", "--wait")[1]
+    assert "look:" not in out
+    root = f"--root={tmp_path / 'root'}"
+    for words in ([root, "list"], ["--root", str(tmp_path / "root"), "list"], ["list", root]):
+        assert "1 done" in launch(*words)[1]
+    for words in (["-f", "logs", "1/1"], ["logs", "-f", "1/1"], [root, "logs", "1/1", "--follow"]):
+        assert "--- attempt 1, " in launch(*words)[1]
+    out = launch("--config=UNITS:0,0", "--new")[1]
+    assert f"look: python -m llama3_jax.launch status 2 {root} (or logs 2/1 -f, stop 2" in out
 
 
 def row(wid: int) -> dict:
