@@ -92,8 +92,7 @@ def predict_nll(
         )
     fit = {"linear": _linear, "power": _power, "surface": _surface}[form]
     predicted, fitted, named = fit(ladder, target, resamples, seed)
-    dof = max(len(ladder.run) - COEFFICIENTS[form], 1)
-    noise = np.sqrt(((ladder.nll / fitted - 1) ** 2).sum() / dof)
+    dof, noise = max(len(ladder.run) - COEFFICIENTS[form], 1), _noise(ladder, fitted, form)
     rng = np.random.default_rng(seed + 1)
     away = predicted[0] * _of_one_run(predicted[1:] / predicted[0] - 1, noise, dof, rng)
     return np.append(predicted[0], predicted[0] + away), {**named, "noise": noise, "dof": dof}
@@ -111,15 +110,19 @@ def _of_one_run(deviations: np.ndarray, noise: float, dof: int, rng: np.random.G
 
 
 def _resampled(ladder: Ladder, fitted: np.ndarray, form: str, count: int, seed: int) -> np.ndarray:
-    """NLLs with residuals drawn anew, of the size that `dof` leaves to them."""
+    """NLLs with normal noise of the residuals' size.
+
+    Not residuals drawn anew: a robust fit of few runs passes through as many as it has coefficients,
+    and residuals of exactly zero hold its refits where it is.
+    """
+    noise = _noise(ladder, fitted, form)
+    return fitted * (1 + noise * np.random.default_rng(seed).normal(size=(count, len(fitted))))
+
+
+def _noise(ladder: Ladder, fitted: np.ndarray, form: str) -> float:
+    """Standard deviation of a run's relative noise."""
     dof = max(len(fitted) - COEFFICIENTS[form], 1)
-    residual = ladder.nll / fitted - 1
-    centred = residual - residual.mean()
-    # Fitting took a part of the spread away; rounding is all that is left of an exact fit.
-    spread = max(np.sqrt((centred**2).mean()), np.finfo(float).tiny)
-    pool = centred * np.sqrt((residual**2).sum() / dof) / spread
-    drawn = np.random.default_rng(seed).choice(pool, (count, len(fitted)))
-    return fitted * (1 + drawn)
+    return float(np.sqrt(((ladder.nll / fitted - 1) ** 2).sum() / dof))
 
 
 def _linear(ladder: Ladder, target: Target, resamples: int, seed: int):
