@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 import math
 import os
 import urllib.parse
@@ -24,8 +23,7 @@ from llama3_jax.reporting.page import (
     table_html,
     write_page,
 )
-from llama3_jax.reporting.records import CONFIG_FILE, RunRecords, load
-from llama3_jax.training.metrics import METRICS_FILE
+from llama3_jax.reporting.records import RunRecords, load_if_trained, read_config
 
 # Columns of config values in the table of units, and curves in a plot, at most.
 SHOWN_KEYS, SHOWN_CURVES = 8, 60
@@ -78,13 +76,10 @@ def write_experiment(
 
 
 def _read(entry: UnitEntry) -> _Unit:
-    run, config = None, {}
-    metrics = entry.workdir / METRICS_FILE
-    if metrics.exists() and '"kind": "train"' in metrics.read_text(encoding="utf-8"):
-        run = load(entry.workdir)
-    if (path := entry.workdir / CONFIG_FILE).exists():
-        config = flat(json.loads(path.read_bytes()))
-    return _Unit(entry, run, config)
+    run = load_if_trained(entry.workdir)
+    # A run's config has been read with it; other programs leave one, too.
+    config = run.config if run else read_config(entry.workdir)
+    return _Unit(entry, run, flat(config) if config is not None else {})
 
 
 # ------------------------------------------------------------------------------------ the tables
