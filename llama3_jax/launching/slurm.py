@@ -2,10 +2,11 @@
 
 Units that need the same and wait for the same become one array job. Jobs run
 launching/slurm_job.py; they write what became of their unit into <experiment>/slurm/, and the queue
-learns it from there and from squeue. The root folder must be on a file system that the nodes share,
-and the queue in it used from one login node at a time.
+learns it from there and from squeue. The root folder must be on a file system that the nodes share
+and that has POSIX locks (launching/database.py).
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -44,29 +45,34 @@ def require() -> None:
 
 def submit(store: Store, experiment: Experiment) -> None:
     """Submits all queued units that have no job yet."""
+    if not _submittable(store.units(experiment.xid)):
+        return
     folder = store.directory(experiment.xid) / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        units = store.units(experiment.xid)
-        by_wid = {unit.wid: unit for unit in units}
-
-        def submittable(unit: Unit, by_wid=by_wid) -> bool:
-            earlier = [by_wid[wid] for wid in unit.after]
-            return (
-                unit.state == "queued"
-                and unit.job is None
-                and all(e.state == "done" or (e.job and e.state not in ENDED) for e in earlier)
-            )
-
-        chosen = sorted(filter(submittable, units), key=_group_key)
-        if not chosen:
-            return
+    with open(folder / "submit.lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # two launchers would submit the same units
         size = array_limit(_slurm("scontrol", "show", "config"))
-        for _, group in itertools.groupby(chosen, key=_group_key):
-            members, previous = list(group), None
-            for first in range(0, len(members), size):
-                part = members[first : first + size]
-                previous = _submit_array(store, experiment, folder, part, by_wid, previous)
+        # Those that wait for others come when these have their jobs.
+        while chosen := _submittable(units := store.units(experiment.xid)):
+            by_wid = {unit.wid: unit for unit in units}
+            for _, group in itertools.groupby(sorted(chosen, key=_group_key), key=_group_key):
+                members, previous = list(group), None
+                for first in range(0, len(members), size):
+                    part = members[first : first + size]
+                    previous = _submit_array(store, experiment, folder, part, by_wid, previous)
+
+
+def _submittable(units: Sequence[Unit]) -> list[Unit]:
+    by_wid = {unit.wid: unit for unit in units}
+
+    def may_follow(earlier: Unit) -> bool:
+        return earlier.state == "done" or bool(earlier.job and earlier.state not in ENDED)
+
+    return [
+        unit for unit in units
+        if unit.state == "queued" and unit.job is None
+        and all(may_follow(by_wid[wid]) for wid in unit.after)
+    ]  # fmt: skip
 
 
 def array_limit(config: str) -> int:

@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from llama3_jax.errors import UserError
 from llama3_jax.launching import slurm, slurm_job, slurm_task
@@ -223,3 +225,31 @@ def test_the_share_of_a_nodes_gpus():
     assert slurm_task.tasks_here({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}) == 1
     with pytest.raises(ValueError, match="2 tasks of 2 GPUs are on this node, which shows 3"):
         share(2, 0, "0,1,2")
+
+
+SUBMITTING = """
+import sys, time
+from llama3_jax.launching import slurm
+from llama3_jax.launching.store import Store
+
+def stand_in(*command, environment=None):
+    if command[0] == "sbatch":
+        time.sleep(0.3)
+        print("submitted", flush=True)
+        return "7"
+    return "MaxArraySize = 9" if command[0] == "scontrol" else ""
+
+slurm._slurm = stand_in
+store = Store(sys.argv[1])
+slurm.submit(store, store.experiment(1))
+"""
+
+
+def test_two_launchers_submit_a_unit_once(store):
+    added(store, [row(1), row(2, after=[1])])
+    command = [sys.executable, "-c", SUBMITTING, str(store.root)]
+    both = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert sum(child.communicate()[0].count("submitted") for child in both) == 2  # one a unit
