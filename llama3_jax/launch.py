@@ -19,8 +19,10 @@ command again is the same experiment: it queues what failed or was stopped. --ne
 
 import functools
 import os
+import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -29,7 +31,7 @@ from rich.console import Console
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import check_folder
-from llama3_jax.launching import look, prepare, slurm
+from llama3_jax.launching import look, prepare, revision, slurm
 from llama3_jax.launching.locks import Locks
 from llama3_jax.launching.runner import wake_supervisor
 from llama3_jax.launching.store import DATABASE, ENDED, Experiment, Store, Unit
@@ -38,6 +40,7 @@ from llama3_jax.launching.supervisor import machine, slots
 FLAGS = flags.FLAGS
 console = Console(soft_wrap=True, highlight=False)
 EXECUTORS = ("local", "slurm")
+SHOWN_LAUNCHES = 3
 
 
 def define_flags() -> None:
@@ -87,14 +90,21 @@ def launch(overrides: list[str]) -> int:
         FLAGS.executor,
         os.getcwd(),
         dict(os.environ),
-        lambda directory: prepare.rows(units, file, directory),
+        lambda directory: prepare.rows(units, file, directory, present),
         FLAGS.new,
+        prepare.content(units, file),
     )
     for remark in remarks:
         console.print(remark, markup=False)
-    again = 0 if is_new else store.resume(xid)
+    _record_launch(store, store.experiment(xid), [Path(file)])
+    again = 0 if is_new else _queue_again(store, store.experiment(xid))
     said = f"{len(units)} work units" if is_new else f"known already; {again} units queued again"
     console.print(f"experiment {xid}: {said}, in {store.directory(xid)}", markup=False)
+    if not FLAGS.wait:
+        default = FLAGS["root"].value == FLAGS["root"].default
+        root = "" if default else f" --root={shlex.quote(FLAGS.root)}"
+        console.print(f"look: python -m llama3_jax.launch status {xid}{root} (or logs {xid}/1 -f, "
+                      f"stop {xid}, resume {xid}, report {xid})", markup=False)  # fmt: skip
     return _run(store, xid)
 
 
@@ -113,6 +123,8 @@ def status(where: str) -> int:
     wids = {unit.wid for unit in units}
     units = [unit for unit in of if unit.wid in wids]
     console.print(look.units_table(units, of))
+    for line in look.launch_lines(store, experiment)[-SHOWN_LAUNCHES:]:
+        console.print(line, markup=False)
     for unit in units:
         if unit.state == "failed":
             console.print(f"unit {unit.xid}/{unit.wid} ({unit.name}) ended with code "
@@ -128,7 +140,7 @@ def logs(where: str) -> int:
         raise UserError(f"{where} has {len(units)} units; name one, as {where}/1")
     (unit,) = units
     if FLAGS.follow:
-        for text in look.follow(store, unit, lambda: _refresh(store, experiment)):
+        for text in look.follow(store, unit, _watcher(store, experiment)):
             sys.stdout.write(text)
             sys.stdout.flush()
     elif unit.log.exists():
@@ -151,7 +163,8 @@ def stop(where: str) -> int:
 
 def resume(where: str) -> int:
     store, experiment, units = _find(where)
-    count = store.resume(experiment.xid, units[0].wid if "/" in where else None)
+    _record_launch(store, experiment)
+    count = _queue_again(store, experiment, units[0].wid if "/" in where else None)
     console.print(f"{count} units queued again")
     return _run(store, experiment.xid)
 
@@ -184,6 +197,25 @@ COMMANDS = {
 # -------------------------------------------------------------------------------------- helpers
 
 
+def _record_launch(store: Store, experiment: Experiment, files: Sequence[Path] = ()) -> None:
+    """Notes the command, its environment and the code, and copies the config files."""
+    commands = [unit.command for unit in store.units(experiment.xid)]
+    files = [*files, *prepare.config_files(commands, Path(experiment.cwd))]
+    files = list({path.resolve(): path for path in files}.values())
+    found = revision.revisions(files)
+    number = store.launched(experiment.xid, sys.argv[1:], dict(os.environ), [*map(str, found)])
+    folder = store.directory(experiment.xid) / revision.LAUNCHES / str(number)
+    revision.save(folder, found, files)
+
+
+def _queue_again(store: Store, experiment: Experiment, wid: int | None = None) -> int:
+    """Queues what failed or was stopped; returns how many units the executor gets again."""
+    _refresh(store, experiment)
+    on_slurm = experiment.executor == "slurm"
+    refused = slurm.unsubmitted(store.units(experiment.xid)) if on_slurm else 0
+    return refused + store.resume(experiment.xid, wid)
+
+
 def _run(store: Store, xid: int) -> int:
     """Hands the queued units to the executor; with --wait, sees them through."""
     experiment = store.experiment(xid)
@@ -193,6 +225,7 @@ def _run(store: Store, xid: int) -> int:
         wake_supervisor(store, _locks(store.root))
     if not FLAGS.wait:
         return 0
+    look_again = _watcher(store, experiment)
     while True:
         units = store.units(xid)
         by_wid = {unit.wid: unit for unit in units}
@@ -200,7 +233,9 @@ def _run(store: Store, xid: int) -> int:
         if all(look.shown_state(unit, by_wid) == "blocked" for unit in open_units):
             break
         time.sleep(0.5)
-        _refresh(store, experiment)
+        look_again()
+        if experiment.executor == "slurm":
+            slurm.submit(store, experiment)  # what Slurm refused to queue again
     status(str(xid))
     return 0 if all(unit.state == "done" for unit in store.units(xid)) else 1
 
@@ -211,6 +246,13 @@ def _refresh(store: Store, experiment: Experiment) -> None:
         slurm.refresh(store, experiment)
     else:
         wake_supervisor(store, _locks(store.root))
+
+
+def _watcher(store: Store, experiment: Experiment) -> Callable[[], None]:
+    """`_refresh` for a loop."""
+    if experiment.executor == "slurm":
+        return slurm.watcher(store, experiment)
+    return lambda: _refresh(store, experiment)
 
 
 _locks = functools.cache(Locks)
@@ -238,23 +280,35 @@ def _find(where: str) -> tuple[Store, Experiment, list[Unit]]:
 
 
 def main(arguments: list[str]) -> None:
+    """Options and words (COMMAND, XID/WID) may come in any order."""
     program, *rest = arguments
-    command = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-    where = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     overrides = [argument for argument in rest if argument.startswith("--config.")]
-    rest = [argument for argument in rest if argument not in overrides]
+    options = [program, *(argument for argument in rest if argument not in overrides)]
     define_flags()
+    FLAGS.set_gnu_getopt(True)
+    try:
+        _, *words = FLAGS(options)
+        options = [program]  # they are parsed
+    except flags.Error:  # cli.run meets it again, and says so; or it is --help
+        words = []
 
     def run(_) -> int:
+        command, where, *more = [*words, "", ""][: max(len(words), 2)]
+        if more:
+            raise UserError(f"unexpected argument {more[0]!r} after {command} {where}")
         if not command:
             return launch(overrides)
         if command not in COMMANDS:
             raise UserError(f"{command!r} is no command; known: {', '.join(COMMANDS)}")
+        if overrides:
+            raise UserError(f"{overrides[0]}: {command} takes no config")
         if not where and command != "list":
             raise UserError(f"{command}: XID or XID/WID is required; see `launch list`")
+        if where and command == "list":
+            raise UserError(f"list: unexpected argument {where!r}")
         return COMMANDS[command](where)
 
-    cli.run(run, [program, *rest])
+    cli.run(run, options)
 
 
 if __name__ == "__main__":

@@ -17,29 +17,36 @@ from rich.table import Table
 
 from llama3_jax import cli
 from llama3_jax.errors import UserError
-from llama3_jax.model.config import PRESETS
+from llama3_jax.launching.experiment import Requirements
+from llama3_jax.model.config import preset
 from llama3_jax.recipe.config import run_config
 from llama3_jax.scaling.audit import audit
 from llama3_jax.scaling.profiles import PROFILES
 from llama3_jax.scaling.sweep import isoflop_sweep, plan_run
 
+# One host for each run: FSDP over its GPUs, a row a GPU at a time. By the planner every run of the
+# sweep fits into what JAX takes of an H100. A small one on one GPU: --config.mesh.data=1.
+GPUS = 8
+REQUIREMENTS = Requirements(gpus=GPUS)
+KERNELS = {"attention": "triton", "loss": "triton"}
 MIX = {"general": 0.50, "math": 0.25, "code": 0.17, "multilingual": 0.08}
 CORPORA = "corpora"
 
 
 def sweep(profile: str = "llama3") -> list[str]:
     """The arguments that `get_config` takes, one a run."""
-    return [f"{run.name},{profile}" for run in isoflop_sweep(profile_name=profile)]
+    return [f"{run.name},{profile}" for run in isoflop_sweep(profile_name=profile, ranks=GPUS)]
 
 
 def get_config(argument: str = "6e18,124M"):
     """`argument`: budget in FLOPs, shape, and optionally profile, with commas between."""
     budget, shape, profile = _parts(argument)
-    run = plan_run(budget, shape, profile)
+    run = plan_run(budget, shape, profile, ranks=GPUS)
     warmup = min(run.warmup_steps * run.batch_tokens, run.tokens)
     return run_config(
         seed=0,
-        model=PRESETS[shape].model_dump(),
+        model=preset(shape, remat="full", **KERNELS).model_dump(),
+        mesh=dict(data=GPUS),
         data=dict(
             sources={
                 name: dict(
@@ -51,7 +58,7 @@ def get_config(argument: str = "6e18,124M"):
         stages=[
             dict(
                 name="isoflop", tokens=run.tokens, length=run.length,
-                batch_tokens=run.batch_tokens, mix=MIX,
+                batch_tokens=run.batch_tokens, micro_batch_tokens=GPUS * run.length, mix=MIX,
                 lr=dict(shape="cosine", peak=run.learning_rate, end=run.learning_rate / 10,
                         warmup_tokens=warmup),
             )
@@ -75,7 +82,7 @@ def _parts(argument: str) -> tuple[float, str, str]:
 
 
 def main(_) -> None:
-    runs = isoflop_sweep(profile_name=flags.FLAGS.profile)
+    runs = isoflop_sweep(profile_name=flags.FLAGS.profile, ranks=GPUS)
     table = Table(title=f"{len(runs)} runs, {sum(r.flops_6nd for r in runs):.3g} FLOPs (6ND)")
     columns = ("budget", "shape", "N", "N with embeddings", "tokens", "steps", "batch", "peak LR",
                "6ND", "with head", "with attention")  # fmt: skip

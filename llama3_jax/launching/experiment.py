@@ -20,6 +20,10 @@ from llama3_jax.schema import Config
 # Doors that are launched with --config=FILE[:ARGUMENT] and --workdir; others get `arguments` alone.
 CONFIGURED = ("train", "curate")
 DOORS = (*CONFIGURED, "evaluate", "fit")
+# Feeding a GPU, and what XLA compiles, take several cores; nodes have 12 and more for each GPU.
+CPUS_PER_GPU = 8
+# Folders of an experiment that are no unit's.
+RESERVED = ("logs", "slurm", "sections", "launches")
 # In `argument`, `arguments`, `command` and string overrides.
 WORKDIR, EXPERIMENT, ROOT, XID = "{workdir}", "{experiment}", "{root}", "{xid}"
 
@@ -27,18 +31,30 @@ WORKDIR, EXPERIMENT, ROOT, XID = "{workdir}", "{experiment}", "{root}", "{xid}"
 class Requirements(Config):
     """What a work unit needs. On this machine `cpus` and `gpus` are slots of the root folder.
 
-    For Slurm: `gpus` are those of a task; `nodes` x `tasks_per_node` processes make one run (by
-    jax.distributed), `minutes` is the time limit, and `slurm` holds further sbatch options, such as
+    `cpus` are by default one, or CPUS_PER_GPU for each GPU (on this machine at most the GPU's share
+    of the slots). For Slurm: `cpus` and `gpus` are those of a task; `nodes` x `tasks_per_node`
+    processes make one run (by jax.distributed), `minutes` is the time limit, `at_once` how many
+    units of one array run at once, and `slurm` holds further sbatch options, such as
     "--partition=h100".
     """
 
-    cpus: pydantic.PositiveInt = 1
+    cpus: pydantic.PositiveInt | None = None
     gpus: pydantic.NonNegativeInt = 0
     nodes: pydantic.PositiveInt = 1
     tasks_per_node: pydantic.PositiveInt = 1
     memory_gb: pydantic.PositiveInt | None = None
     minutes: pydantic.PositiveInt | None = None
+    at_once: pydantic.PositiveInt | None = None
     slurm: tuple[str, ...] = ()
+
+    def cpu_count(self, slots: dict[str, int] | None) -> int:
+        """`cpus`, or their default beside `slots`, which are None where another machine runs it."""
+        if self.cpus is not None or not self.gpus:
+            return self.cpus or 1
+        each = CPUS_PER_GPU
+        if slots is not None:
+            each = min(each, slots["cpus"] // max(slots["gpus"], 1))
+        return max(each * self.gpus, 1)
 
 
 class WorkUnit(Config):
@@ -47,8 +63,10 @@ class WorkUnit(Config):
     `door` is one of DOORS or a module (experiments.scaling_laws.collect); `command` is any program
     instead. `config` (by default the launched file), `argument` and `overrides` are for the doors
     with a config, `arguments` for all. In their strings {workdir}, {experiment} and {root}
-    stand for the directories, {xid} for the experiment's number. `after` names the units that must be done before this one starts. A unit that
-    crashes is started again up to `retries` times; a save-and-requeue (exit code 75) counts as none.
+    stand for the directories, {xid} for the experiment's number. `after` names the units that must be
+    done before this one starts. `requirements` are by default the file's REQUIREMENTS, and where it
+    has none those of Requirements(). A unit that crashes is started again up to `retries` times; a
+    save-and-requeue (exit code 75) counts as none.
     """
 
     name: str = ""
@@ -60,7 +78,7 @@ class WorkUnit(Config):
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = {}
     after: tuple[str, ...] = ()
-    requirements: Requirements = Requirements()
+    requirements: Requirements | None = None
     retries: pydantic.NonNegativeInt = 2
 
     def config_flags(self, file: str) -> list[str]:
@@ -123,6 +141,8 @@ def _check(units: Sequence[WorkUnit]) -> None:
     for unit in units:
         if re.search(r"[/\s]", unit.name) or unit.name.startswith("."):
             raise UserError(f"work unit {unit.name!r}: a name is one directory's, without blanks")
+        if unit.name in RESERVED:
+            raise UserError(f"work unit {unit.name!r}: the experiment's own folder has that name")
         if unit.name in by_name:
             raise UserError(f"two work units are named {unit.name!r}")
         if not unit.command and "." not in unit.door and unit.door not in DOORS:

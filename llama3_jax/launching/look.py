@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from llama3_jax.launching.store import ENDED, STATES, Store, Unit
+from llama3_jax.launching.revision import LAUNCHES
+from llama3_jax.launching.store import ENDED, STATES, Experiment, Store, Unit
 
 METRICS_FILE = "metrics.jsonl"  # of training/metrics.py, which brings TensorBoard
 _TAIL_BYTES = 65_536
@@ -39,7 +41,7 @@ def experiments_table(store: Store) -> Table:
         units = store.units(experiment.xid)
         counts = Counter(unit.state for unit in units)
         table.add_row(
-            str(experiment.xid), experiment.title, _clock(experiment.created), experiment.executor,
+            str(experiment.xid), experiment.title, clock(experiment.created), experiment.executor,
             str(len(units)), ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]),
         )  # fmt: skip
     return table
@@ -57,6 +59,17 @@ def units_table(units: list[Unit], of: list[Unit]) -> Table:
             progress(Path(unit.workdir)),
         )  # fmt: skip
     return table
+
+
+def launch_lines(store: Store, experiment: Experiment) -> list[str]:
+    """A line for each launch and resume: when, with which code, and where its changes are."""
+    folder = store.directory(experiment.xid) / LAUNCHES
+    return [
+        f"launch {launch.number}, {clock(launch.created)} on {launch.host}: "
+        f"{', '.join(launch.revisions) or 'no git revision'} ({folder / str(launch.number)}): "
+        f"{shlex.join(launch.command)}"
+        for launch in store.launches(experiment.xid)
+    ]
 
 
 def duration(unit: Unit) -> str:
@@ -107,5 +120,5 @@ def follow(store: Store, unit: Unit, refresh) -> Iterator[str]:
         refresh()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

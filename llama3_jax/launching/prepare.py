@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,32 +34,33 @@ def declared_units(
     """The work units of `FILE[:ARGUMENT]`.
 
     With `sweep_options` (config.KEY=VALUE,…), the product of these; else the file's `sweep()`, which
-    gets the argument if it takes one; else one unit. `overrides` (--config.KEY=VALUE) hold for every
+    gets the argument if it takes one; else one unit. A unit without requirements has the file's
+    REQUIREMENTS. `overrides` (--config.KEY=VALUE) hold for every
     unit that has a config.
 
     Raises:
       UserError: the file or a sweep is wrong.
     """
     file, colon, argument = config.partition(":")
+    module = _module(file)
+    declared = getattr(module, "sweep", None)
     if sweep_options:
         options = sweeps.product(*map(sweeps.parse, sweep_options))
         units = work_units(options, argument if colon else None)
+    elif declared is not None:
+        units = work_units(_call(declared, [argument] if colon else []))
     else:
-        module = _module(file)
-        declared = getattr(module, "sweep", None)
-        if declared is None:
-            units = work_units([WorkUnit(argument=argument if colon else None)])
-        else:
-            units = work_units(_call(declared, [argument] if colon else []))
-        default = getattr(module, "REQUIREMENTS", None)
-        if default is not None:
-            if not isinstance(default, Requirements):
-                raise UserError(f"{file}: REQUIREMENTS is no launching.experiment.Requirements")
-            units = [
-                unit.model_copy(update={"requirements": default})
-                if unit.requirements == Requirements() else unit
-                for unit in units
-            ]  # fmt: skip
+        units = work_units([WorkUnit(argument=argument if colon else None)])
+    needs = getattr(module, "REQUIREMENTS", Requirements())
+    if not isinstance(needs, Requirements):
+        raise UserError(f"{file}: REQUIREMENTS is no launching.experiment.Requirements")
+    units = [
+        unit if unit.requirements else unit.model_copy(update={"requirements": needs})
+        for unit in units
+    ]
+    for option in overrides:
+        if "=" not in option:
+            raise UserError(f"{option}: a value is missing; {option}=VALUE is expected")
     more = dict(option.removeprefix("--").split("=", 1) for option in overrides)
     return [
         unit.model_copy(update={"overrides": unit.overrides | more})
@@ -107,7 +108,7 @@ def check(units: Sequence[WorkUnit], file: str, slots: dict[str, int] | None) ->
     later = []
     for unit in units:
         try:
-            _check_requirements(unit.requirements, slots)
+            _check_requirements(unit.requirements or Requirements(), slots)
             if unit.command:
                 if WORKDIR not in unit.command[0] and not shutil.which(unit.command[0]):
                     raise UserError(f"there is no program {unit.command[0]!r}")
@@ -131,9 +132,9 @@ def check(units: Sequence[WorkUnit], file: str, slots: dict[str, int] | None) ->
 def _check_requirements(needs: Requirements, slots: dict[str, int] | None) -> None:
     if slots is None:
         return
-    for name, present in slots.items():
-        if getattr(needs, name) > present:
-            raise UserError(f"needs {getattr(needs, name)} {name}, --{name} says {present}")
+    for name, needed in (("cpus", needs.cpu_count(slots)), ("gpus", needs.gpus)):
+        if needed > slots[name]:
+            raise UserError(f"needs {needed} {name}, --{name} says {slots[name]}")
     if needs.nodes * needs.tasks_per_node > 1:
         raise UserError("nodes x tasks_per_node is above 1: that needs --executor=slurm")
 
@@ -166,8 +167,39 @@ def fingerprint(units: Sequence[WorkUnit], file: str, executor: str) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
-    """Rows of the queue, in the units' order; `directory` is the experiment's, ROOT/XID."""
+def content(units: Sequence[WorkUnit], file: str) -> str:
+    """The same for configs of the same values, whichever file they come from.
+
+    Of units that wait for others, whose configs may read what these write, it is the file.
+
+    Raises:
+      UserError: a config is wrong.
+    """
+    said = []
+    for unit in units:
+        if unit.command or unit.door not in CONFIGURED:
+            continue
+        if unit.after:
+            said.append(Path(unit.config or file).read_text(encoding="utf-8"))
+        else:
+            said.append(cli.load_config(unit.config_flags(file)).to_dict())
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def config_files(commands: Iterable[Sequence[str]], folder: Path) -> list[Path]:
+    """The config files that command lines name, relative ones in `folder`."""
+    named = (part for command in commands for part in command if part.startswith("--config="))
+    files = dict.fromkeys(part.removeprefix("--config=").partition(":")[0] for part in named)
+    return [folder / file for file in files if (folder / file).is_file()]
+
+
+def rows(
+    units: Sequence[WorkUnit], file: str, directory: Path, slots: dict[str, int] | None
+) -> list[Row]:
+    """Rows of the queue, in the units' order; `directory` is the experiment's, ROOT/XID.
+
+    `slots` as for `check`.
+    """
     wids = {unit.name: wid for wid, unit in enumerate(units, start=1)}
     shared = {EXPERIMENT: str(directory), ROOT: str(directory.parent), XID: directory.name}
 
@@ -175,6 +207,10 @@ def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
         for mark, value in (shared | {WORKDIR: str(directory / unit.name)}).items():
             part = part.replace(mark, value)
         return part
+
+    def needed(unit: WorkUnit) -> dict[str, Any]:
+        needs = unit.requirements or Requirements()
+        return needs.model_dump() | {"cpus": needs.cpu_count(slots)}
 
     return [
         {
@@ -184,7 +220,7 @@ def rows(units: Sequence[WorkUnit], file: str, directory: Path) -> list[Row]:
             "workdir": str(directory / unit.name),
             "environment": unit.environment,
             "after": [wids[name] for name in unit.after],
-            "requirements": unit.requirements.model_dump(),
+            "requirements": needed(unit),
             "retries": unit.retries,
         }
         for unit in units

@@ -1,6 +1,7 @@
 """An experiment's report.html from the queue and its units' folders."""
 
 import html
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from llama3_jax.launching import look
 from llama3_jax.launching.store import ENDED, STATES, Experiment, Store
 from llama3_jax.reporting import curation
 from llama3_jax.reporting.experiment import UnitEntry, write_experiment
-from llama3_jax.reporting.page import REPORT_FILE, Section, plots_html
+from llama3_jax.reporting.page import REPORT_FILE, Section, Table, plots_html, table_html
 from llama3_jax.scaling import isoflop
 from llama3_jax.scaling.figures import isoflop_plots
 from llama3_jax.scaling.runs import read_runs
@@ -38,15 +39,29 @@ def write_experiment_report(store: Store, experiment: Experiment) -> Path:
             look.last_lines(unit.log, look.LAST_LINES) if unit.state == "failed" else (),
         ))  # fmt: skip
     counts = Counter(unit.state for unit in units)
-    launched = time.strftime("%Y-%m-%d %H:%M", time.localtime(experiment.created))
     states = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
-    note = f"Launched {launched} on {experiment.executor}; {len(units)} work units: {states}."
+    note = f"Launched {look.clock(experiment.created)} on {experiment.executor}; {len(units)} work units: {states}."
     path = store.directory(experiment.xid) / REPORT_FILE
     title = f"Experiment {experiment.xid}: {experiment.title}"
     more = [*own_sections(path.parent), *isoflop_sections(path.parent)]
     more += [section for entry in entries for section in curation_sections(entry)]
+    more += launches_sections(store, experiment)
     write_experiment(path, title, note, entries, more)
     return path
+
+
+def launches_sections(store: Store, experiment: Experiment) -> list[Section]:
+    """When it was launched and resumed, and the code that this found."""
+    if not (launches := store.launches(experiment.xid)):
+        return []
+    rows = [
+        [str(launch.number), look.clock(launch.created), launch.host,
+         ", ".join(launch.revisions) or "no git revision", shlex.join(launch.command)]
+        for launch in launches
+    ]  # fmt: skip
+    columns = ["launch", "time", "host", "code", "arguments"]
+    table = Table(columns, rows, words=columns[1:])
+    return [Section("Launches", table_html(table))]
 
 
 def own_sections(folder: Path) -> list[Section]:

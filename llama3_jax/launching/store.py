@@ -9,69 +9,34 @@ The standard library alone: each unit's runner imports this.
 
 import dataclasses
 import json
-import os
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from llama3_jax.errors import UserError
+from llama3_jax.launching import database
+from llama3_jax.launching.outcome import KILLED, newest_checkpoint, outcome
 
 DATABASE = "launch.sqlite3"
 ENDED = ("done", "failed", "stopped")
 STATES = ("queued", "starting", "running", *ENDED)
-# Exit codes of the doors (llama3_jax/cli.py, which this file does not import: it brings JAX).
-USER_ERROR, REQUEUE, INTERRUPTED = 2, 75, 130
-LONG_RUN = 1_800.0
-KILLED = 137  # what a shell says of a program that SIGKILL ended
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS experiments (
-  xid INTEGER PRIMARY KEY AUTOINCREMENT,
-  title TEXT NOT NULL,
-  fingerprint TEXT NOT NULL,
-  executor TEXT NOT NULL,
-  cwd TEXT NOT NULL,
-  environment TEXT NOT NULL,
-  created REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS units (
-  id INTEGER PRIMARY KEY AUTOINCREMENT,
-  xid INTEGER NOT NULL REFERENCES experiments,
-  wid INTEGER NOT NULL,
-  name TEXT NOT NULL,
-  command TEXT NOT NULL,
-  workdir TEXT NOT NULL,
-  environment TEXT NOT NULL,
-  after TEXT NOT NULL,
-  requirements TEXT NOT NULL,
-  retries INTEGER NOT NULL,
-  state TEXT NOT NULL,
-  attempt INTEGER NOT NULL DEFAULT 0,
-  failures INTEGER NOT NULL DEFAULT 0,
-  stop REAL,
-  signalled REAL,
-  pid INTEGER,
-  gpus TEXT NOT NULL DEFAULT '[]',
-  job TEXT,
-  started REAL,
-  ended REAL,
-  exit_code INTEGER,
-  UNIQUE (xid, wid),
-  UNIQUE (xid, name)
-);
-CREATE INDEX IF NOT EXISTS units_of_state ON units (state);
-"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """`executor` is "local" or "slurm"; `cwd` and `environment` are those of the launch."""
+    """`executor` is "local" or "slurm"; `environment` is that of the last launch or resume.
+
+    `fingerprint` stands for what was declared, `content` for what the config files said then.
+    """
 
     xid: int
     title: str
     fingerprint: str
+    content: str
     executor: str
     cwd: str
     environment: dict[str, str]
@@ -79,8 +44,23 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Launch:
+    """One `launch` or `resume` of an experiment: its arguments, and the code that it found."""
+
+    xid: int
+    number: int
+    created: float
+    command: list[str]
+    host: str
+    environment: dict[str, str]
+    revisions: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Unit:
-    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash."""
+    """A row of the queue. `attempt` counts starts, `failures` those that ended in a crash without a
+    new checkpoint, `submissions` the jobs that Slurm was given for it; `checkpoint` is the newest
+    step that an attempt left."""
 
     id: int
     xid: int
@@ -95,11 +75,13 @@ class Unit:
     state: str
     attempt: int
     failures: int
+    checkpoint: int
     stop: float | None
     signalled: float | None
     pid: int | None
     gpus: list[int]
     job: str | None
+    submissions: int
     started: float | None
     ended: float | None
     exit_code: int | None
@@ -110,29 +92,7 @@ class Unit:
         return Path(self.workdir).parent / "logs" / f"{self.wid}.log"
 
 
-_JSON = ("command", "environment", "after", "requirements", "gpus")
-
-
-def outcome(
-    code: int, stopping: bool, failures: int, retries: int, seconds: float = 0.0
-) -> tuple[str, int]:
-    """(state, failures) of a unit whose program ended with `code` after `seconds`.
-
-    The same rule for all executors: 0 is done; after a stop, whatever else it is, stopped; 75 asks
-    to be queued again; 2 needs a person; Ctrl-C was one; anything else (a lost process, a hang, a crash) is tried again, up
-    to `retries` times in a row: who ran for LONG_RUN seconds starts to be counted anew, for on many
-    machines a long run is interrupted again and again.
-    """
-    failures = 0 if seconds >= LONG_RUN else failures
-    if code == 0:
-        return "done", failures
-    if stopping or code == INTERRUPTED:
-        return "stopped", failures
-    if code == REQUEUE:
-        return "queued", failures
-    if code == USER_ERROR:
-        return "failed", failures + 1
-    return ("queued" if failures < retries else "failed"), failures + 1
+_JSON = ("command", "environment", "after", "requirements", "gpus", "revisions")
 
 
 class Store:
@@ -141,59 +101,46 @@ class Store:
     def __init__(self, root: Path | str):
         self.root = Path(root).absolute()
         self.root.mkdir(parents=True, exist_ok=True)
-        path = self.root / DATABASE
-        # The environment of a launch is kept: nobody else's business.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._write_ahead()
-        with self.transaction():
-            for statement in _SCHEMA.split(";"):
-                self._db.execute(statement)
-
-    def _write_ahead(self) -> None:
-        """Readers don't wait for a writer. Two that switch at once may refuse each other."""
-        for attempt in range(100):
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.05)
+        self._db = database.connect(self.root / DATABASE)
 
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def transaction(self):
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def transaction(self) -> AbstractContextManager[None]:
+        return database.transaction(self._db)
 
     # ------------------------------------------------------------------------------- launchers
 
     def add(
         self, title: str, fingerprint: str, executor: str, cwd: str, environment: dict[str, str],
-        units: Callable[[Path], Sequence[dict[str, Any]]], new: bool,
+        units: Callable[[Path], Sequence[dict[str, Any]]], new: bool, content: str = "",
     ) -> tuple[int, bool]:  # fmt: skip
         """(XID, whether it is new): all of an experiment is queued at once, or nothing.
 
-        `units(directory)` gives the rows. An experiment of the same fingerprint is that experiment,
-        unless `new`: so the same command after a crash goes on with the same XID.
+        `units(directory)` gives the rows. An experiment of the same fingerprint and content is that
+        experiment, unless `new`: so the same command after a crash goes on with the same XID.
+
+        Raises:
+          UserError: the declaration is known, but its config files have been edited since.
         """
         with self.transaction():
-            query = "SELECT xid FROM experiments WHERE fingerprint = ? ORDER BY xid DESC"
-            if not new and (row := self._db.execute(query, (fingerprint,)).fetchone()):
-                return row["xid"], False
+            query = "SELECT xid, content FROM experiments WHERE fingerprint = ? ORDER BY xid DESC"
+            known = [] if new else self._db.execute(query, (fingerprint,)).fetchall()
+            for row in known:
+                if row["content"] == content:
+                    return row["xid"], False
+            if known:
+                raise UserError(
+                    f"the config has been edited since experiment {known[0]['xid']} was launched: "
+                    "--new launches another experiment with it, and `launch resume "
+                    f"{known[0]['xid']}` goes on with that one, whose units that have not begun "
+                    "read the edited files"
+                )
             xid = self._db.execute(
-                "INSERT INTO experiments (title, fingerprint, executor, cwd, environment, created)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (title, fingerprint, executor, cwd, json.dumps(environment), time.time()),
+                "INSERT INTO experiments"
+                " (title, fingerprint, content, executor, cwd, environment, created)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (title, fingerprint, content, executor, cwd, json.dumps(environment), time.time()),
             ).lastrowid
             for row in units(self.directory(xid)):
                 values = {k: json.dumps(v) if k in _JSON else v for k, v in row.items()}
@@ -204,6 +151,23 @@ class Store:
                     (xid, "queued", *values.values()),
                 )
         return xid, True
+
+    def launched(
+        self, xid: int, command: Sequence[str], environment: dict[str, str],
+        revisions: Sequence[str],
+    ) -> int:  # fmt: skip
+        """Records a launch or resume, whose environment units get from now on; its number."""
+        said = json.dumps(environment)
+        with self.transaction():
+            query = "SELECT COUNT(*) FROM launches WHERE xid = ?"
+            number = self._db.execute(query, (xid,)).fetchone()[0] + 1
+            self._db.execute(
+                "INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (xid, number, time.time(), json.dumps(list(command)), socket.gethostname(), said,
+                 json.dumps(list(revisions))),
+            )  # fmt: skip
+            self._db.execute("UPDATE experiments SET environment = ? WHERE xid = ?", (said, xid))
+        return number
 
     def resume(self, xid: int, wid: int | None = None) -> int:
         """Queues again what failed or was stopped; returns how many units."""
@@ -256,6 +220,10 @@ class Store:
     def experiment(self, xid: int) -> Experiment | None:
         row = self._db.execute("SELECT * FROM experiments WHERE xid = ?", (xid,)).fetchone()
         return Experiment(**_decoded(row)) if row else None
+
+    def launches(self, xid: int) -> list[Launch]:
+        rows = self._db.execute("SELECT * FROM launches WHERE xid = ? ORDER BY number", (xid,))
+        return [Launch(**_decoded(row)) for row in rows]
 
     def units(self, xid: int) -> list[Unit]:
         return self._units("WHERE xid = ? ORDER BY wid", xid)
@@ -324,14 +292,14 @@ class Store:
             unit = self.unit(unit_id)
             if unit.state != "running" or unit.attempt != attempt:
                 return None
-            seconds = time.time() - unit.started
+            reached = newest_checkpoint(unit.workdir)
             state, failures = outcome(
-                code, unit.stop is not None, unit.failures, unit.retries, seconds
+                code, unit.stop is not None, unit.failures, unit.retries, reached > unit.checkpoint
             )
             self._db.execute(
-                "UPDATE units SET state = ?, failures = ?, ended = ?, exit_code = ?, pid = NULL"
-                " WHERE id = ?",
-                (state, failures, time.time(), code, unit_id),
+                "UPDATE units SET state = ?, failures = ?, ended = ?, exit_code = ?, pid = NULL,"
+                " checkpoint = ? WHERE id = ?",
+                (state, failures, time.time(), code, max(reached, unit.checkpoint), unit_id),
             )
         return state
 
@@ -349,7 +317,8 @@ class Store:
         with self.transaction():
             for unit_id, job in jobs.items():
                 self._db.execute(
-                    "UPDATE units SET job = ?, attempt = attempt + 1 WHERE id = ? AND job IS NULL",
+                    "UPDATE units SET job = ?, attempt = attempt + 1,"
+                    " submissions = submissions + 1 WHERE id = ? AND job IS NULL",
                     (job, unit_id),
                 )
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 
 from llama3_jax.launching.locks import SUPERVISOR, Locks
+from llama3_jax.launching.outcome import KILLED
 from llama3_jax.launching.runner import MARK
-from llama3_jax.launching.store import KILLED, Store, Unit
+from llama3_jax.launching.store import Store, Unit
 
 POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.5

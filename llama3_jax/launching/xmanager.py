@@ -86,7 +86,7 @@ async def launch(config: str, sweeps: Sequence[str], overrides: Sequence[str], r
     try:
         async with xm_local.create_experiment(Path(file).stem) as experiment:
             directory = root.absolute() / str(experiment.experiment_id)
-            done = await run(prepare.rows(units, file, directory), experiment)
+            done = await run(prepare.rows(units, file, directory, slots), experiment)
     except RuntimeError:
         if not done:
             raise  # else XManager says once more, of all jobs together, that some failed

@@ -11,16 +11,15 @@ from llama3_jax.files import read_json_lines
 from llama3_jax.reporting.figures import COLOURS, Plot
 from llama3_jax.reporting.page import Section, Table, plots_html, table_html
 from llama3_jax.reporting.records import ValidationRecord
-from llama3_jax.training.metrics import GATES_FILE, METRICS_FILE, read_metrics
+from llama3_jax.training.metrics import GATES_FILE
 
 # Red, amber, green: of the shares of needles that were found.
 _HEAT = [[0.0, "#dc2626"], [0.5, "#f59e0b"], [1.0, "#059669"]]
 _YES_NO = {True: "yes", False: "no"}
 
 
-def sections(workdir: Path) -> list[Section]:
-    """Sections on evaluation, as far as the run has any."""
-    records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+def sections(workdir: Path, records: Sequence[dict[str, Any]]) -> list[Section]:
+    """Sections on evaluation, as far as the run has any; `records` are those of its metrics.jsonl."""
     evaluations = [r for r in records if r["kind"] == "evaluation"]
     path = workdir / GATES_FILE
     gates = read_json_lines(path) if path.exists() else []

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 import math
 import os
 import urllib.parse
@@ -24,8 +23,7 @@ from llama3_jax.reporting.page import (
     table_html,
     write_page,
 )
-from llama3_jax.reporting.records import CONFIG_FILE, RunRecords, load
-from llama3_jax.training.metrics import METRICS_FILE
+from llama3_jax.reporting.records import RunRecords, load_if_trained, read_config
 
 # Columns of config values in the table of units, and curves in a plot, at most.
 SHOWN_KEYS, SHOWN_CURVES = 8, 60
@@ -78,29 +76,30 @@ def write_experiment(
 
 
 def _read(entry: UnitEntry) -> _Unit:
-    run, config = None, {}
-    metrics = entry.workdir / METRICS_FILE
-    if metrics.exists() and '"kind": "train"' in metrics.read_text(encoding="utf-8"):
-        run = load(entry.workdir)
-    if (path := entry.workdir / CONFIG_FILE).exists():
-        config = flat(json.loads(path.read_bytes()))
-    return _Unit(entry, run, config)
+    run = load_if_trained(entry.workdir)
+    # A run's config has been read with it; other programs leave one, too.
+    config = run.config if run else read_config(entry.workdir)
+    return _Unit(entry, run, flat(config) if config is not None else {})
 
 
 # ------------------------------------------------------------------------------------ the tables
 
 
 def units_table(units: Sequence[_Unit], folder: Path) -> Table:
-    """A row a unit: what became of it, where it stands, and what of its config is its own."""
+    """A row a unit: what became of it, where it stands, and the swept values of its config.
+
+    Held-out losses are weighted alike in all rows, so that the rows can be compared.
+    """
+    mix = units_mix(units)
     keys = list(differences([u.config for u in units if u.config]))[:SHOWN_KEYS]
-    columns = ["WID", "unit", "state", "starts", "time", "tokens", "loss", "held-out", "tokens/s",
-               *keys]  # fmt: skip
+    columns = ["WID", "unit", "state", "starts", "time", "tokens", "loss",
+               "held-out, by mix" if mix else "held-out, mean", "tokens/s", *keys]  # fmt: skip
     rows, sort_keys = [], []
     for unit in units:
         entry, run = unit.entry, unit.run
         values: list[float | None] = [None] * 4
         if run is not None:
-            held_out = mean(run.validation[-1].losses.values()) if run.validation else None
+            held_out = weighted(run.validation[-1].losses, mix) if run.validation else None
             speeds = [r.tokens_per_second for r in run.train[-SPEED_STEPS:] if r.seconds]
             values = [run.train[-1].tokens, smoothed_end(run), held_out,
                       float(np.median(speeds)) if speeds else None]  # fmt: skip
@@ -159,8 +158,25 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def common_mix(mixes: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The mix that all have, without sources of weight 0; None where they differ."""
+    own = [{name: weight for name, weight in mix.items() if weight > 0} for mix in mixes]
+    return own[0] if own and all(mix == own[0] for mix in own) else None
+
+
+def weighted(losses: dict[str, float], mix: dict[str, float] | None) -> float:
+    """Mean of the losses by the mix, or, where None is given, of all alike."""
+    mix = mix or dict.fromkeys(losses, 1.0)
+    return sum(mix[name] * losses[name] for name in mix) / sum(mix.values())
+
+
+def units_mix(units: Sequence[_Unit]) -> dict[str, float] | None:
+    """The mix at the end of all units, where it is one and all have its held-out losses."""
+    runs = [u.run for u in units if u.run is not None and u.run.validation]
+    mix = common_mix([run.train[-1].mix for run in runs])
+    if mix and all(name in v.losses for run in runs for v in run.validation for name in mix):
+        return mix
+    return None
 
 
 def smoothed_end(run: RunRecords) -> float:
@@ -198,7 +214,7 @@ def loss_plots(units: Sequence[_Unit]) -> list[Plot]:
         return []
     left_out = len(trained) - SHOWN_CURVES
     caption = f" The first {SHOWN_CURVES}; {left_out} more are left out." if left_out > 0 else ""
-    trained = trained[:SHOWN_CURVES]
+    trained, mix = trained[:SHOWN_CURVES], units_mix(units)
     training, held_out = _figure(), _figure()
     for unit, colour in zip(trained, colours(len(trained)), strict=True):
         name = html.escape(unit.entry.name)
@@ -209,7 +225,7 @@ def loss_plots(units: Sequence[_Unit]) -> list[Plot]:
         if unit.run.validation:
             held_out.add_scatter(
                 x=[v.tokens for v in unit.run.validation],
-                y=[mean(v.losses.values()) for v in unit.run.validation],
+                y=[weighted(v.losses, mix) for v in unit.run.validation],
                 name=name, mode="lines+markers", line={"color": colour, "width": 1.5},
             )  # fmt: skip
     after_start = np.concatenate([t.y[t.x > START_SHARE * max(t.x)] for t in training.data])
@@ -218,7 +234,8 @@ def loss_plots(units: Sequence[_Unit]) -> list[Plot]:
         training.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
     plots = [Plot("Training loss", training, "Smoothed over steps." + caption, wide=True)]
     if held_out.data:
-        plots.append(Plot("Held-out loss", held_out, "Mean over sources." + caption, wide=True))
+        how = "Weighted by the mix." if mix else "Mean over sources, whose mixes differ."
+        plots.append(Plot("Held-out loss", held_out, how + caption, wide=True))
     return plots
 
 

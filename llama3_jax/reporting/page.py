@@ -47,13 +47,15 @@ class Table:
     sort_keys: Sequence[Sequence[float | str]] = ()
 
 
-def write_report(workdir: Path, extra_sections: Sequence[Section] = ()) -> Path:
-    """Writes the report of the run in `workdir` and returns its path.
+def write_report(
+    workdir: Path, extra_sections: Sequence[Section] = (), run: RunRecords | None = None
+) -> Path:
+    """Writes the report of the run in `workdir` and returns its path; `run` where it is loaded.
 
     Raises:
       UserError: `workdir` is not a run's, a file in it is damaged, or it can't be written.
     """
-    run = load(workdir)
+    run = run or load(workdir)
     summary, summary_note = summary_table(run)
     dropped = [record for record in run.train if not record.applied]
     page = _environment().get_template("report.html").render(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +95,50 @@ def require_run(workdir: Path) -> None:
         raise UserError(f"{workdir}: not the directory of a run: it has no {METRICS_FILE}")
 
 
-def load(workdir: Path) -> RunRecords:
-    """Reads a run's directory.
+def read_records(workdir: Path) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl, each with its kind; none where there is no such file.
 
     Raises:
-      UserError: it isn't that of a run, or a file in it is damaged.
+      UserError: a line is damaged.
     """
-    require_run(workdir)
     path = workdir / METRICS_FILE
     try:
         records = read_metrics(workdir)
+    except FileNotFoundError:
+        return []
     except ValueError:
         raise UserError(f"{path}: line {_first_bad_line(path)} is not JSON") from None
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            raise UserError(f"{path}: line {number} is not a record with a kind")
+    return records
+
+
+def load(workdir: Path, records: Sequence[dict[str, Any]] | None = None) -> RunRecords:
+    """Reads a run's directory; `records` are those of its metrics.jsonl, where they are read.
+
+    Raises:
+      UserError: it isn't that of a run, it has no step yet, or a file in it is damaged.
+    """
+    require_run(workdir)
+    if (run := load_if_trained(workdir, records)) is None:
+        raise UserError(f"{workdir / METRICS_FILE}: no training step is recorded yet")
+    return run
+
+
+def load_if_trained(
+    workdir: Path, records: Sequence[dict[str, Any]] | None = None
+) -> RunRecords | None:
+    """The same for any program's directory; None where no training step is recorded.
+
+    Raises:
+      UserError: a file in it is damaged.
+    """
+    path = workdir / METRICS_FILE
     kinds: dict[str, list] = {"train": [], "validation": [], "sample": []}
     types = {"train": TrainRecord, "validation": ValidationRecord, "sample": SampleRecord}
+    records = read_records(workdir) if records is None else records
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict) or "kind" not in record:
-            raise UserError(f"{path}: line {number} is not a record with a kind")
         if record["kind"] not in types:  # other parts may record what this page does not show
             continue
         try:
@@ -118,14 +146,14 @@ def load(workdir: Path) -> RunRecords:
         except pydantic.ValidationError as error:
             raise UserError(f"{path}: line {number}: {_reason(error)}") from None
     if not kinds["train"]:
-        raise UserError(f"{path}: no training step is recorded yet")
+        return None
     return RunRecords(
         name=workdir.resolve().name,
         train=kinds["train"],
         validation=kinds["validation"],
         samples=kinds["sample"],
         baselines=_baselines(workdir / BASELINES_FILE),
-        config=_config(workdir / CONFIG_FILE),
+        config=read_config(workdir),
     )
 
 
@@ -139,7 +167,13 @@ def _baselines(path: Path) -> dict[str, dict[str, float]]:
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
-def _config(path: Path) -> Any:
+def read_config(workdir: Path) -> Any:
+    """What config.json holds; None where there is none.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    path = workdir / CONFIG_FILE
     if not path.exists():
         return None
     try:

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama3_jax.reporting import curation, evaluation, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
-from llama3_jax.reporting.records import require_run
+from llama3_jax.reporting.records import load, read_records, require_run
 
 # Each gives sections where the run's folder holds what it shows, and none where it does not.
-PARTS: tuple[Callable[[Path], list[Section]], ...] = (
-    curation.sections,
+Part = Callable[[Path, Sequence[dict[str, Any]]], list[Section]]
+PARTS: tuple[Part, ...] = (
+    lambda workdir, _: curation.sections(workdir),
     evaluation.sections,
-    survival.sections,
-    tokenizers.sections,
+    lambda workdir, _: survival.sections(workdir),
+    lambda workdir, _: tokenizers.sections(workdir),
 )
 
 
@@ -23,4 +25,7 @@ def write_run_report(workdir: Path, first: Sequence[Section] = ()) -> Path:
       UserError: it is not a run's, a file in it is damaged, or the report can't be written.
     """
     require_run(workdir)
-    return write_report(workdir, [*first, *(s for part in PARTS for s in part(workdir))])
+    records = read_records(workdir)
+    run = load(workdir, records)
+    parts = [section for part in PARTS for section in part(workdir, records)]
+    return write_report(workdir, [*first, *parts], run)

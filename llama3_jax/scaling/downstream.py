@@ -2,7 +2,9 @@
 
 First the normalised negative log-likelihood of the right answer as a function of training compute,
 then accuracy as a sigmoid of it, fitted on the ladder and on stronger external models. Each stage
-has its own runs and its own error; both are resampled, and the forecast carries the product.
+has its own runs and its own error; both are resampled, and the forecast carries the product. An
+interval is of what the target run itself will show: it holds the error of the fits, as wide as few
+runs ask (Student's t), and the noise of one more run.
 
 Shapes: B resamples (the data first where "1 +" stands), M ladder runs, P checkpoints.
 """
@@ -18,7 +20,6 @@ from jaxtyping import Bool, Float
 from llama3_jax.errors import UserError
 from llama3_jax.scaling import surface
 from llama3_jax.scaling.minimize import Problem, minimize, minimize_batch
-from llama3_jax.scaling.noise import draw
 from llama3_jax.scaling.surface import Points, Surface
 
 FORMS = ("linear", "power", "surface")
@@ -80,7 +81,7 @@ POWER = Problem(power_objective)
 def predict_nll(
     form: str, ladder: Ladder, target: Target, resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, "1+B"], dict[str, Any]]:
-    """NLL of the target by the data and by resampled residuals, and what was fitted.
+    """NLL of the target by the data, then as the target run may show it, and what was fitted.
 
     Raises:
       UserError: more coefficients than runs.
@@ -90,13 +91,38 @@ def predict_nll(
             f"form {form!r} has {COEFFICIENTS[form]} coefficients, the ladder {len(ladder.run)} runs"
         )
     fit = {"linear": _linear, "power": _power, "surface": _surface}[form]
-    return fit(ladder, target, resamples, seed)
+    predicted, fitted, named = fit(ladder, target, resamples, seed)
+    dof, noise = max(len(ladder.run) - COEFFICIENTS[form], 1), _noise(ladder, fitted, form)
+    rng = np.random.default_rng(seed + 1)
+    away = predicted[0] * _of_one_run(predicted[1:] / predicted[0] - 1, noise, dof, rng)
+    return np.append(predicted[0], predicted[0] + away), {**named, "noise": noise, "dof": dof}
+
+
+def _of_one_run(deviations: np.ndarray, noise: float, dof: int, rng: np.random.Generator):
+    """Deviations of refits, and noise of one more run, on the scale of Student's t.
+
+    Residuals with few degrees of freedom know their own size badly: sqrt(dof / chi^2_dof) says how
+    badly. Drawing it with each resample makes of a normal distribution a t distribution, and lets
+    two stages with degrees of freedom of their own be joined.
+    """
+    scale = np.sqrt(dof / rng.chisquare(dof, deviations.shape))
+    return scale * (deviations + noise * rng.normal(size=deviations.shape))
 
 
 def _resampled(ladder: Ladder, fitted: np.ndarray, form: str, count: int, seed: int) -> np.ndarray:
-    freedom = len(fitted) - COEFFICIENTS[form]
-    residual = (ladder.nll / fitted - 1) * np.sqrt(len(fitted) / max(freedom, 1))
-    return fitted * (1 + draw(residual, (count, len(fitted)), np.random.default_rng(seed)))
+    """NLLs with normal noise of the residuals' size.
+
+    Not residuals drawn anew: a robust fit of few runs passes through as many as it has coefficients,
+    and residuals of exactly zero hold its refits where it is.
+    """
+    noise = _noise(ladder, fitted, form)
+    return fitted * (1 + noise * np.random.default_rng(seed).normal(size=(count, len(fitted))))
+
+
+def _noise(ladder: Ladder, fitted: np.ndarray, form: str) -> float:
+    """Standard deviation of a run's relative noise."""
+    dof = max(len(fitted) - COEFFICIENTS[form], 1)
+    return float(np.sqrt(((ladder.nll / fitted - 1) ** 2).sum() / dof))
 
 
 def _linear(ladder: Ladder, target: Target, resamples: int, seed: int):
@@ -106,7 +132,7 @@ def _linear(ladder: Ladder, target: Target, resamples: int, seed: int):
     drawn = _resampled(ladder, design @ own, "linear", resamples, seed)
     all_fits = np.concatenate([own[None], drawn @ solve.T])
     predicted = all_fits @ [1.0, np.log(target.flops)]
-    return predicted, {"intercept": own[0], "slope": own[1]}
+    return predicted, design @ own, {"intercept": own[0], "slope": own[1]}
 
 
 def _power(ladder: Ladder, target: Target, resamples: int, seed: int):
@@ -130,17 +156,18 @@ def _power(ladder: Ladder, target: Target, resamples: int, seed: int):
     a, e, log_alpha = found.params
     alpha = np.exp(log_alpha)
     named = {"E": np.exp(e), "A": np.exp(a + alpha * centre), "alpha": alpha}
-    return predicted, {**named, "certificate": found.certificate()}
+    return predicted, fitted, {**named, "certificate": found.certificate()}
 
 
 def _surface(ladder: Ladder, target: Target, resamples: int, seed: int):
     points = Points(ladder.params, ladder.tokens, ladder.nll, np.ones(len(ladder.run)))
     own, found = surface.fit_huber(points)
-    drawn = _resampled(ladder, own.loss(ladder.params, ladder.tokens), "surface", resamples, seed)
+    fitted = own.loss(ladder.params, ladder.tokens)
+    drawn = _resampled(ladder, fitted, "surface", resamples, seed)
     again: Surface = surface.refit_huber(points, found, drawn, np.ones_like(drawn))
     predicted = own.rows(None).joined(again).loss(target.params, target.tokens)
     named = {name: float(v) for name, v in own.coefficients().items()}
-    return predicted, {**named, "certificate": found.certificate()}
+    return predicted, fitted, {**named, "certificate": found.certificate()}
 
 
 # ------------------------------------------------------------------------- stage 2: NLL to accuracy
@@ -165,22 +192,23 @@ def _sigmoid(params, nll, library):
 
 SIGMOID = Problem(sigmoid_objective)
 SIGMOID_STEPS = np.ones(120)
+SIGMOID_COEFFICIENTS = 4
 
 
 def fit_sigmoid(
-    checkpoints: Checkpoints, resamples: int, seed: int, ideal: float | None = 1.0
+    checkpoints: Checkpoints, resamples: int, seed: int, at_zero_loss: float | None = 1.0
 ) -> tuple[Float[np.ndarray, "1+B 4"], dict[str, Any]]:
     """Sigmoids of the data and of resampled runs (whole runs: their checkpoints are one draw).
 
-    `ideal` is the accuracy at an NLL of 0, added as a point; None adds none.
+    `at_zero_loss` is the accuracy at an NLL of 0, added as a point; None adds none.
     """
     nll, accuracy = checkpoints.nll, checkpoints.accuracy
     runs, of_run = np.unique(np.array(checkpoints.run), return_inverse=True)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), resamples)
     weights = counts[:, of_run].astype(float)
-    if ideal is not None:
-        nll, accuracy = np.append(nll, 0.0), np.append(accuracy, ideal)
+    if at_zero_loss is not None:
+        nll, accuracy = np.append(nll, 0.0), np.append(accuracy, at_zero_loss)
         weights = np.append(weights, np.ones((resamples, 1)), axis=1)
     data = {"nll": nll, "accuracy": accuracy}
     starts = np.stack([
@@ -194,9 +222,29 @@ def fit_sigmoid(
     a, log_x0, log_k, b = found.params
     named = {"a": -1 / (1 + np.exp(-a)), "x0": np.exp(log_x0), "k": np.exp(log_k),
              "b": 1 / (1 + np.exp(-b)), "certificate": found.certificate()}  # fmt: skip
+    residual = checkpoints.accuracy - accuracy_at(found.params[None], checkpoints.nll)
+    more = max(len(residual) - SIGMOID_COEFFICIENTS, 1)
+    named["noise"] = np.sqrt((residual**2).sum() / more)
+    named["runs"], named["dof"] = len(runs), max(len(runs) - SIGMOID_COEFFICIENTS, 1)
     return np.concatenate([found.params[None], again]), named
 
 
 def accuracy_at(sigmoids: np.ndarray, nll: np.ndarray) -> np.ndarray:
     """Accuracy of each sigmoid [B, 4] at its own NLL [B]."""
     return _sigmoid(sigmoids.T, nll, np)
+
+
+def predict_accuracy(
+    sigmoids: Float[np.ndarray, "1+B 4"], nll: Float[np.ndarray, "1+B"], fitted: dict[str, Any],
+    seed: int,
+) -> Float[np.ndarray, "1+B"]:  # fmt: skip
+    """Accuracy of the target by the data, then as the target run may show it, through both stages.
+
+    `sigmoids` and `fitted` are fit_sigmoid's, `nll` is predict_nll's.
+    """
+    own, each = accuracy_at(sigmoids[:1], nll), accuracy_at(sigmoids, nll)
+    dof, runs = fitted["dof"], fitted["runs"]
+    # Resampled runs fit the sample as closely as the data do: HC1 of MacKinnon & White (1985).
+    deviations = (each - own)[1:] * np.sqrt(runs / dof)
+    away = _of_one_run(deviations, fitted["noise"], dof, np.random.default_rng(seed))
+    return np.append(own[0], np.clip(own[1:] + away, 0, 1))

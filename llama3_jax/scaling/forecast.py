@@ -18,6 +18,7 @@ from llama3_jax.scaling.downstream import (
     Target,
     accuracy_at,
     fit_sigmoid,
+    predict_accuracy,
     predict_nll,
 )
 from llama3_jax.scaling.isoflop import interval
@@ -30,7 +31,7 @@ EXTERNAL = "external"
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`average` checkpoints make a run's end; `skip` is the share of its start that stage 2 omits;
-    `ideal` is the accuracy at an NLL of 0, or None."""
+    `at_zero_loss` is the accuracy at an NLL of 0, or None."""
 
     forms: tuple[str, ...] = FORMS
     resamples: int = 500
@@ -38,7 +39,7 @@ class Options:
     seed: int = 0
     average: int = 1
     skip: float = 0.1
-    ideal: float | None = 1.0
+    at_zero_loss: float | None = 1.0
 
 
 def read_task(path: Path, task: str | None, options: Options) -> tuple[Ladder, Checkpoints]:
@@ -109,10 +110,14 @@ def forecast(
 ) -> dict[str, Any]:
     """NLL and accuracy of the target by each form, with intervals through both stages.
 
+    An interval is of what the target run will show, its own noise included.
+
     Each form carries its own back-test: the largest model left out of both stages and predicted.
     """
     warnings: list[str] = []
-    sigmoids, sigmoid = fit_sigmoid(checkpoints, options.resamples, options.seed, options.ideal)
+    sigmoids, sigmoid = fit_sigmoid(
+        checkpoints, options.resamples, options.seed, options.at_zero_loss
+    )
     forms = {}
     for form in options.forms:
         if len(ladder.run) <= COEFFICIENTS[form]:
@@ -120,7 +125,7 @@ def forecast(
                             f"ladder {len(ladder.run)} runs")  # fmt: skip
             continue
         nll, fitted = predict_nll(form, ladder, target, options.resamples, options.seed + 1)
-        accuracy = accuracy_at(sigmoids, nll)
+        accuracy = predict_accuracy(sigmoids, nll, sigmoid, options.seed + 2)
         bounds = interval(nll[1:], options.level)
         covered = bool(checkpoints.nll.min() <= nll[0])
         if not covered:
@@ -168,7 +173,7 @@ def back_test(
     held_out = {name for name, out in zip(ladder.run, largest, strict=True) if out}
     fewer = checkpoints.without(held_out)
     nll, _ = predict_nll(form, rest, target, 50, options.seed)
-    sigmoids, _ = fit_sigmoid(fewer, 50, options.seed, options.ideal)
+    sigmoids, _ = fit_sigmoid(fewer, 50, options.seed, options.at_zero_loss)
     predicted = float(accuracy_at(sigmoids[:1], nll[:1])[0])
     own = [a for name, a in zip(checkpoints.run, checkpoints.accuracy, strict=True) if name == run]
     actual = float(own[-1])

@@ -1,6 +1,10 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from experiments.scaling_laws import collect, isoflop
 from llama3_jax.errors import UserError
@@ -27,8 +31,17 @@ def made_run(workdir, argument, finished=True):
     return run
 
 
+@pytest.fixture
+def door_module():
+    def run(*arguments):
+        command = [sys.executable, "-m", "experiments.scaling_laws.collect", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+    return run
+
+
 def test_a_runs_record_holds_what_it_was_and_reached(tmp_path):
-    found = collect.record(made_run(tmp_path, "6e18,124M"))
+    (found,) = collect.weigh([collect.record(made_run(tmp_path, "6e18,124M"))], None)
     assert found["flops"] == 6e18
     assert found["flops_6nd"] == pytest.approx(6e18, rel=0.01)
     assert found["flops_6nd"] < found["flops_matmul"] < found["flops_causal"]
@@ -40,6 +53,32 @@ def test_a_runs_record_holds_what_it_was_and_reached(tmp_path):
     assert set(collect.COLUMNS) <= set(found)
 
 
-def test_an_unfinished_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="not finished"):
-        collect.record(made_run(tmp_path, "6e18,124M", finished=False))
+def test_unfinished_runs_are_named_and_the_others_collected(tmp_path, door_module):
+    made_run(tmp_path, "6e18,124M")
+    made_run(tmp_path, "6e18,227M", finished=False)
+    (tmp_path / "6e18,272M").mkdir()
+    (tmp_path / "6e18,272M/config.json").write_text("{}")
+    done = door_module(f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "left out, not finished: 6e18,227M (step" in done.stdout
+    assert "; 6e18,272M (not begun)" in done.stdout
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
+    shutil.rmtree(tmp_path / "6e18,124M")
+    done = door_module(f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "no finished runs" in done.stderr
+
+
+def test_all_runs_are_weighed_by_one_mix():
+    run = dict(label="a", mix=dict(web=0.5, code=0.5, old=0.0), losses=dict(web=2.0, code=1.0))
+    same = [run, run | dict(label="b", losses=dict(web=3.0, code=2.0, more=9.0))]
+    assert [r["loss"] for r in collect.weigh(same, None)] == [1.5, 2.5]
+    other = [run, run | dict(label="b", mix=dict(web=0.9, code=0.1))]
+    with pytest.raises(UserError, match="mixes differ.*--mix=NAME=WEIGHT"):
+        collect.weigh(other, None)
+    assert [r["loss"] for r in collect.weigh(other, dict(web=3, code=1))] == [1.75, 1.75]
+    with pytest.raises(UserError, match="a: no held-out loss of more; .*of web, code"):
+        collect.weigh(same, dict(web=1, more=1))
+    assert collect.read_mix(["web=3", "code=1"]) == dict(web=3, code=1)
+    for wrong in (["web"], ["web=x"], ["web=0"], ["web=1=2"], ["web=nan"]):
+        with pytest.raises(UserError, match="--mix=web.*NAME=WEIGHT,… is expected"):
+            collect.read_mix(wrong)

@@ -4,8 +4,8 @@
 #   tests/launching/slurm.sh start FOLDER     # prints the file to export as SLURM_CONF
 #   tests/launching/slurm.sh stop FOLDER
 #
-# Needs root and Debian's slurmctld, slurmd, slurm-client and munge. One node shown as having 4 CPUs,
-# so that several jobs can run on any machine; jobs may be preempted from partition "low" by "high".
+# Needs root and Debian's slurmctld, slurmd, slurm-client and munge. One node shown as having 4 CPUs
+# and 4 GPUs (files), so that several jobs can run on any machine, and arrays of five at most; jobs may be preempted from partition "low" by "high".
 set -euo pipefail
 action=$1
 mkdir -p "$2"
@@ -51,6 +51,8 @@ MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=30
+MaxArraySize=5
+GresTypes=gpu
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -60,10 +62,12 @@ SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
-NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:4 RealMemory=1000 State=UNKNOWN
 PartitionName=low Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=$host Default=NO MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
+  touch "$folder"/gpu{0,1,2,3}
+  echo "NodeName=$host Name=gpu File=$folder/gpu[0-3]" > "$folder/gres.conf"
   munged --key-file "$folder/munge/key" --socket "$folder/munge.socket" --pid-file "$folder/munged.pid" \
     --log-file "$folder/munged.log" --seed-file "$folder/munge/seed" --force
   export SLURM_CONF=$folder/slurm.conf

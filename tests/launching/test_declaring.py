@@ -5,7 +5,8 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.launching import prepare, sweeps
 from llama3_jax.launching.experiment import Requirements, WorkUnit, work_units
-from llama3_jax.launching.store import outcome
+from llama3_jax.launching.outcome import CHECKPOINTS, newest_checkpoint, outcome
+from llama3_jax.training import checkpoint
 
 
 def test_sweeps_combine():
@@ -46,11 +47,12 @@ def test_entries_become_units_with_directory_names():
         ([3], "entry 1 is a int"),
         (["a", "a"], "two work units are named 'a'"),
         ([WorkUnit(name="a/b")], "one directory's"),
+        ([WorkUnit(name="logs")], "the experiment's own folder"),
         ([WorkUnit(door="trian")], "door 'trian' is none of train"),
         ([WorkUnit(name="a", after=("b",))], "'a' waits for 'b', which is none"),
         ([WorkUnit(name=n, after=(a,)) for n, a in ("ab", "bc", "ca")], "a, b, c wait for each"),
     ],
-    ids=["none", "kind", "twice", "slash", "door", "unknown", "circle"],
+    ids=["none", "kind", "twice", "slash", "reserved", "door", "unknown", "circle"],
 )
 def test_declarations_that_cannot_be_run(entries, message):
     with pytest.raises(UserError, match=message):
@@ -118,10 +120,41 @@ def test_what_a_unit_needs_must_be_there(file, corpora):
     assert "checked when they start" in check(argument="x", after=("earlier",))[0]
 
 
+def declared(tmp_path, text: str, sweep=()) -> list[WorkUnit]:
+    (tmp_path / "needs.py").write_text(
+        f"from llama3_jax.launching.experiment import Requirements, WorkUnit\n{text}"
+    )
+    return prepare.declared_units(f"{tmp_path}/needs.py", sweep, [])
+
+
+def test_requirements_of_the_file_hold_for_units_that_say_none(tmp_path):
+    own = "REQUIREMENTS = Requirements(gpus=8, cpus=16)\n"
+    two = declared(tmp_path, own, ["config.seed=1,2"])
+    assert [u.requirements for u in two] == [Requirements(gpus=8, cpus=16)] * 2
+    sweep = "def sweep(): return [WorkUnit(), WorkUnit(requirements=Requirements()), {'seed': 1}]"
+    units = declared(tmp_path, own + sweep)
+    assert [u.requirements.gpus for u in units] == [8, 0, 8]
+    assert [u.requirements for u in declared(tmp_path, sweep)] == [Requirements()] * 3
+    with pytest.raises(UserError, match="REQUIREMENTS is no"):
+        declared(tmp_path, "REQUIREMENTS = dict(gpus=8)", ["config.seed=1,2"])
+
+
+def test_cpus_come_with_gpus(tmp_path):
+    def cpus(slots, **needs):
+        (row,) = prepare.rows([WorkUnit(name="u", requirements=needs)], "f.py", tmp_path, slots)
+        return row["requirements"]["cpus"]
+
+    assert cpus(None, gpus=8) == 64 and cpus(None) == 1 and cpus(None, gpus=8, cpus=3) == 3
+    assert cpus({"cpus": 12, "gpus": 4}, gpus=2) == 6  # this machine has three for each
+    assert cpus({"cpus": 2, "gpus": 4}, gpus=1) == 1
+    prepare.check([WorkUnit(command=("true",), requirements=Requirements(gpus=2))], "f.py",
+                  {"cpus": 12, "gpus": 4})  # fmt: skip
+
+
 def test_directories_and_number_are_filled_in(tmp_path):
     said = "{root} {xid} {experiment} {workdir} {other}"
     units = work_units([WorkUnit(name="u", door="a.b", arguments=(said,)), "x"])
-    first, second = prepare.rows(units, "f.py", tmp_path / "7")
+    first, second = prepare.rows(units, "f.py", tmp_path / "7", None)
     assert first["command"][1:] == [
         "-m", "a.b", f"{tmp_path} 7 {tmp_path}/7 {tmp_path}/7/u {{other}}",
     ]  # fmt: skip
@@ -139,6 +172,22 @@ def test_the_same_declaration_has_the_same_fingerprint():
     assert len({same, *(prepare.fingerprint(*other) for other in others)}) == 5
 
 
+def test_the_content_is_that_of_the_values(file, corpora):
+    def content():
+        return prepare.content(prepare.declared_units(f"{file}:{corpora}", [], []), str(file))
+
+    before = content()
+    file.write_text(TRAINING + "# a comment\n")
+    assert content() == before
+    file.write_text(TRAINING.replace("1e-3", "2e-3"))
+    assert content() != before
+    # What waits for others is not loaded: its file counts as it is written.
+    later = [WorkUnit(name="u", config=str(file), argument="/none", after=("x",))]
+    said = prepare.content(later, "f.py")
+    file.write_text(TRAINING)
+    assert prepare.content(later, "f.py") != said
+
+
 def test_outcomes():
     assert outcome(0, True, 1, 2) == ("done", 1)
     assert outcome(75, False, 1, 0) == ("queued", 1)
@@ -147,4 +196,12 @@ def test_outcomes():
     assert outcome(2, False, 0, 2) == ("failed", 1)
     assert outcome(3, False, 1, 2) == ("queued", 2)
     assert outcome(137, False, 2, 2) == ("failed", 3)
-    assert outcome(4, False, 2, 2, seconds=4_000) == ("queued", 1)
+    assert outcome(4, False, 2, 2, progressed=True) == ("queued", 1)
+
+
+def test_progress_is_a_newer_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) == 0
+    for name in ("9", "10", "12.orbax-checkpoint-tmp", "lock"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == 10
+    assert CHECKPOINTS == checkpoint.CHECKPOINTS

@@ -220,6 +220,37 @@ def test_looking(launch, store):
     assert look.duration(store.units(1)[0]).startswith("0:00:0")
 
 
+def test_an_edited_config_is_not_known_already(launch, store, tmp_path):
+    def config(lr):
+        return f"""
+import ml_collections
+
+
+def get_config():
+    return ml_collections.ConfigDict(dict(lr={lr}))
+
+
+def sweep():
+    from llama3_jax.launching.experiment import WorkUnit
+
+    return [WorkUnit(name="first", command=("true",)),
+            WorkUnit(name="u", door="curate", after=("first",), retries=0)]
+"""
+
+    assert launch("--config=UNITS", "--wait", units=config("1"))[0] == 1  # no curation's config
+    code, _, error = launch("--config=UNITS", units=config("2"))
+    assert code == 2 and "edited since experiment 1 was launched" in error
+    assert len(store.experiments()) == 1
+    code, out, _ = launch("resume", "1", units=config("2"))
+    assert "1 units queued again" in out
+    first, second = store.launches(1)
+    assert first.command[0].startswith("--config=") and second.command[:2] == ["resume", "1"]
+    assert "lr=1" in (tmp_path / "root/1/launches/1/1-units.py").read_text()
+    assert "lr=2" in (tmp_path / "root/1/launches/2/1-units.py").read_text()
+    shown = launch("status", "1")[1]
+    assert f"launch 2, {look.clock(second.created)} on " in shown and "resume 1" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -232,6 +263,13 @@ def test_looking(launch, store):
         (["--config=/nowhere.py"], "--config=/nowhere.py: there is no such file"),
         (["--config=UNITS"], "missing a required argument: 'argument'"),
         (["--confg=UNITS:0,0"], "Unknown command line flag 'confg'. Did you mean: config"),
+        (
+            ["--config=UNITS:0,0", "--config.seed"],
+            "--config.seed: a value is missing; --config.seed=V",
+        ),
+        (["status", "1", "2"], "unexpected argument '2' after status 1"),
+        (["list", "1"], "list: unexpected argument '1'"),
+        (["status", "1", "--config.seed=1"], "--config.seed=1: status takes no config"),
         (["--config=UNITS:0,0", "--executor=slurm"], "there is no Slurm here (no sbatch)"),
     ],
 )
@@ -244,6 +282,18 @@ def test_one_line_that_names_the_mistake(launch, store, monkeypatch, arguments, 
     code, _, error = launch(*arguments)
     assert code == 2 and message in error and error.count("\n") == 1
     assert store.experiments() == before
+
+
+def test_options_and_words_come_in_any_order(launch, store, tmp_path):
+    out = launch("--config=UNITS:0,0", "--wait")[1]
+    assert "look:" not in out
+    root = f"--root={tmp_path / 'root'}"
+    for words in ([root, "list"], ["--root", str(tmp_path / "root"), "list"], ["list", root]):
+        assert "1 done" in launch(*words)[1]
+    for words in (["-f", "logs", "1/1"], ["logs", "-f", "1/1"], [root, "logs", "1/1", "--follow"]):
+        assert "--- attempt 1, " in launch(*words)[1]
+    out = launch("--config=UNITS:0,0", "--new")[1]
+    assert f"look: python -m llama3_jax.launch status 2 {root} (or logs 2/1 -f, stop 2" in out
 
 
 def row(wid: int) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, REPOSITORY, door_environment
 
+from llama3_jax.launching import slurm as slurm_executor
 from llama3_jax.launching.slurm import sbatch_options
 from llama3_jax.launching.store import ENDED, Store
 from llama3_jax.training.metrics import read_metrics
@@ -143,6 +144,20 @@ def test_an_array_with_dependencies_and_a_failure(launch, store, tmp_path):
     assert sorted((tmp_path / "root/1/ran").read_text().splitlines()) == sorted([*lines, "1/6 1"])
 
 
+def test_each_resume_runs_it_again(launch, store, tmp_path):
+    file = """
+from llama3_jax.launching.experiment import WorkUnit
+
+
+def sweep():
+    return [WorkUnit(name="u", command=("sh", "-c", "echo ran >> {experiment}/ran; exit 2"))]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    for runs in (2, 3, 4):
+        assert "1 units queued again" in launch("resume", "1", "--wait")
+        assert (tmp_path / "root/1/ran").read_text() == "ran\n" * runs
+
+
 @pytest.mark.slow  # races a job against the launcher: wants a quiet machine
 def test_a_launcher_killed_before_it_noted_the_job_finds_it_again(launch, store):
     file = COMMANDS.replace("sleep 0.2", "sleep 15")
@@ -151,7 +166,7 @@ def test_a_launcher_killed_before_it_noted_the_job_finds_it_again(launch, store)
     for note in (store.directory(1) / "slurm").glob("*.job"):
         note.unlink()
     for unit in store.units(1):
-        store.observed(unit.id, job=None, attempt=0, state="queued")
+        store.observed(unit.id, job=None, attempt=0, submissions=0, state="queued")
     launch("resume", "1", "--wait")
     assert {
         u.id: u.job for u in store.units(1) if u.name not in ("blocked",)
@@ -185,6 +200,93 @@ def sweep():
     until(ended)
     crashed = store.units(1)[2]
     assert (crashed.state, crashed.attempt) == ("done", 2)
+
+
+def test_more_units_than_an_array_may_have(launch, store, monkeypatch):
+    file = """
+from llama3_jax.launching.experiment import Requirements, WorkUnit
+
+REQUIREMENTS = Requirements(at_once=2)
+
+
+def sweep():
+    return [WorkUnit(name=f"u{i}", command=("sleep", "0.1")) for i in range(7)]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    units = store.units(1)
+    assert {unit.state for unit in units} == {"done"}
+    arrays = [unit.job.partition("_")[0] for unit in units]
+    assert len(set(arrays)) == 2 and len(set(arrays[:5])) == 1
+    for moment in (unit.started for unit in units):
+        assert sum(unit.started <= moment < unit.ended for unit in units) <= 2
+    # squeue tells of the jobs that are asked for, and of none where there is none.
+    other = launch.slurm("sbatch", "--parsable", "--array=0-1", "--wrap=sleep 20").strip()
+    monkeypatch.setenv("SLURM_CONF", launch.conf)
+    assert set(slurm_executor._jobs({other})) == {f"{other}_0", f"{other}_1"}
+    assert slurm_executor._jobs({"987654"}) == {}
+    assert set(slurm_executor._jobs({"987654", other})) == {f"{other}_0", f"{other}_1"}
+    launch.slurm("scancel", other)
+
+
+def test_each_task_of_a_node_has_its_own_gpus(launch, store, tmp_path):
+    file = """
+from llama3_jax.launching.experiment import Requirements, WorkUnit
+
+
+def sweep():
+    say = ("sh", "-c", "echo $SLURM_LOCALID $CUDA_VISIBLE_DEVICES $JAX_LOCAL_DEVICE_IDS >> {experiment}/$0")
+    one = dict(gpus=2, cpus=1)
+    return [
+        WorkUnit(name="two", command=(*say, "two.txt"), requirements=one | dict(tasks_per_node=2)),
+        WorkUnit(name="one", command=(*say, "one.txt"), requirements=one),
+        WorkUnit(name="none", command=(*say, "none.txt")),
+    ]
+"""
+    launch("--config=FILE", "--executor=slurm", "--wait", file=file)
+    folder = tmp_path / "root/1"
+    assert {unit.state for unit in store.units(1)} == {"done"}, store.units(1)[0].log.read_text()
+    two = sorted((folder / "two.txt").read_text().splitlines())
+    assert two == ["0 0,1 0,1", "1 2,3 0,1"]
+    rank, devices, local = (folder / "one.txt").read_text().split()
+    assert rank == "0" and devices in ("0,1", "2,3") and local == "0,1"
+    assert (folder / "none.txt").read_text().split() == ["0"]
+
+
+PREEMPTED = """
+from llama3_jax.launching.experiment import WorkUnit
+
+
+def sweep():
+    script = (
+        "echo $LLAMA3_JAX_UNIT >> {experiment}/ran; test -e {workdir}/saved && exit 0; "
+        "trap 'touch {workdir}/saved; exit 75' TERM; touch {workdir}/on; "
+        "until test -e {experiment}/go; do sleep 0.2; done"
+    )
+    return [WorkUnit(name=f"u{i}", command=("sh", "-c", script), retries=0) for i in range(4)]
+"""
+
+
+def test_of_an_array_one_task_is_preempted_and_the_others_run_on(launch, store, tmp_path):
+    folder = tmp_path / "root/1"
+    launch("--config=FILE", "--executor=slurm", file=PREEMPTED)
+    until(lambda: all((folder / f"u{i}/on").exists() for i in range(4)))
+    array = store.units(1)[0].job.partition("_")[0]
+    ids = launch.slurm("squeue", "-h", "--array", "-o", "%F_%K %A").splitlines()
+    assert f"{array}_3 {array}" in [line.strip() for line in ids]  # the last task has its id
+    # The signal of a preemption for the last task, then a preemption of whichever Slurm chooses.
+    launch.slurm("scancel", "--signal=TERM", f"{array}_3")
+    until(lambda: (folder / "u3/saved").exists())
+    until(lambda: release(launch, store) or (folder / "ran").read_text().count("1/4") == 2)
+    until(lambda: launch("status", "1").count(" done ") == 1)
+    assert sorted((folder / "ran").read_text().split()) == ["1/1", "1/2", "1/3", "1/4", "1/4"]
+    more = launch.slurm("sbatch", "--parsable", "--partition=high", "--ntasks=2", "--wrap=sleep 1")
+    until(lambda: sum((folder / f"u{i}/saved").exists() for i in range(3)) == 1)
+    until(lambda: more.strip() not in launch.slurm("squeue", "-h", "-o", "%A"))
+    until(lambda: release(launch, store) or launch("status", "1").count(" done ") == 2)
+    (folder / "go").touch()
+    until(lambda: launch("status", "1").count(" done ") == 4)
+    assert sorted(unit.attempt for unit in store.units(1)) == [1, 1, 2, 2]
+    assert all(unit.failures == 0 for unit in store.units(1))
 
 
 def release(launch, store) -> None:

@@ -3,6 +3,9 @@ import pytest
 
 from experiments.scaling_laws import isoflop as experiment
 from llama3_jax.errors import UserError
+from llama3_jax.planning.case import cases_of
+from llama3_jax.planning.constants import load_constants
+from llama3_jax.planning.memory import forecast
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.scaling import sweep
 from llama3_jax.scaling.audit import audit, sweep_biases, vertex_bias
@@ -99,3 +102,14 @@ def test_the_bias_of_the_vertex_is_foreseen(width):
 def test_a_symmetric_curve_has_no_bias():
     assert vertex_bias(0.3, 0.3, np.linspace(-1, 1, 7)) == pytest.approx(0, abs=1e-12)
     assert abs(vertex_bias(*HOFFMANN, np.linspace(-1.4, 1.4, 7))) > 1e-3
+
+
+def test_every_run_of_the_sweep_fits_its_gpus():
+    memory = 0.75 * load_constants().memory  # what JAX takes of a GPU
+    arguments = experiment.sweep()
+    assert len(arguments) == 70
+    for argument in arguments:
+        config = parse(RunConfig, experiment.get_config(argument))
+        for case in cases_of(config):
+            assert case.mesh.devices == experiment.REQUIREMENTS.gpus
+            assert forecast(case).total < memory, argument
