@@ -204,6 +204,13 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.array(number))))
+
+
 def of_first(numbers: Sequence[int]) -> list[int]:
     """Process 0's numbers, on every process; all must call it."""
     if jax.process_count() == 1:
