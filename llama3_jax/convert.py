@@ -7,8 +7,8 @@
 
 --from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
 folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
-Hugging Face directory, with --max_length as the longest text it says it was trained for, and with
-the tokenizer of the run as tokenizer.json.
+Hugging Face directory, with --max_length (by default that of the longest rows trained on) as the
+longest text it says it was trained for, and with the tokenizer of the run as tokenizer.json.
 
 `average` writes the mean of several models, in float32, as a model folder: equal parts, or --weights.
 """
@@ -59,7 +59,7 @@ def convert(
         ids = {}
         if tokenizer:
             ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        dtype = dtype or "bfloat16"
+        dtype, max_length = dtype or "bfloat16", max_length or loaded.length
         hf.save(target, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
         if tokenizer:
             tokenizer.save_json(target / "tokenizer.json")
@@ -99,7 +99,7 @@ def average(_) -> None:
         raise UserError(f"--weights={','.join(FLAGS.weights)}: should be numbers") from None
     _check_free(target)
     made = average_models(sources, weights)
-    save_model(target, made.config, made.params, made.tokenizer)
+    save_model(target, made.config, made.params, made.tokenizer, made.length)
     folder = tokenizers.find(sources[0])
     if folder is not None and tokenizers.load(folder).fingerprint == made.tokenizer:
         (target / "tokenizer").mkdir()

@@ -338,7 +338,8 @@ def export_average(workdir: Path, run: Run, params: Params) -> None:
     if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
         tokenizer = next(iter(run.corpora.values())).info.tokenizer
         model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
-        save_model(workdir / AVERAGED, model, params, tokenizer)
+        length = max(stage.length for stage in run.timeline.stages)
+        save_model(workdir / AVERAGED, model, params, tokenizer, length)
 
 
 def check_space(workdir: Path, abstract: TrainState, config: RunConfig) -> None:

@@ -35,11 +35,15 @@ DAMAGED, REWOUND = "damaged_checkpoints", "rewound_checkpoints"
 
 
 class LoadedModel(NamedTuple):
-    """Weights with what is needed to use them; `tokenizer` is a fingerprint, if known."""
+    """Weights with what is needed to use them; `tokenizer` is a fingerprint, if known.
+
+    `length` is that of the longest rows that they were trained on, in tokens, if known.
+    """
 
     config: ModelConfig
     params: Params
     tokenizer: str | None
+    length: int | None = None
 
 
 class Restored(NamedTuple):
@@ -327,7 +331,11 @@ def restore_newest(
 
 
 def save_model(
-    directory: Path, config: ModelConfig, params: Params, tokenizer: str | None = None
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: str | None = None,
+    length: int | None = None,
 ) -> None:
     """Writes weights alone as a model directory.
 
@@ -341,7 +349,7 @@ def save_model(
         directory.rmdir()
     directory.parent.mkdir(parents=True, exist_ok=True)
     trees = {"params": params}
-    metadata = _sealed(model_metadata(config, tokenizer) | {"checksums": checksums(trees)})
+    metadata = _sealed(model_metadata(config, tokenizer, length) | {"checksums": checksums(trees)})
     ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
 
 
@@ -370,7 +378,7 @@ def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = No
         params = _load(path, trees, metadata)["params"]
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: damaged checkpoint: {error}") from None
-    return LoadedModel(config, params, metadata.get("tokenizer"))
+    return LoadedModel(config, params, metadata.get("tokenizer"), metadata.get("length"))
 
 
 def _on_first_device(config: ModelConfig) -> Params:
@@ -380,8 +388,12 @@ def _on_first_device(config: ModelConfig) -> Params:
     )
 
 
-def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
-    return {"model": json.loads(config.model_dump_json()), "tokenizer": tokenizer}
+def model_metadata(
+    config: ModelConfig, tokenizer: str | None, length: int | None = None
+) -> dict[str, Any]:
+    """What a checkpoint or model folder says of its weights; `length` as in `LoadedModel`."""
+    values = json.loads(config.model_dump_json())
+    return {"model": values, "tokenizer": tokenizer, "length": length}
 
 
 def state_bytes(*trees: Any) -> int:
