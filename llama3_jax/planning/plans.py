@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from llama3_jax.planning.case import Case
+from llama3_jax.planning.checkpointing import CheckpointBytes, checkpoint_bytes
 from llama3_jax.planning.compiler import Compiled, compile_case
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.cost import Cost, predict
@@ -20,6 +21,7 @@ class Plan(NamedTuple):
     collectives: list[Collective]
     memory_limit: float
     power: float
+    checkpoint: CheckpointBytes
 
     @property
     def used(self) -> float:
@@ -48,7 +50,8 @@ def make_plan(
     found = collectives(compiled.hlo, case) if compiled else []
     cost = predict(case, constants, document_length)
     return Plan(
-        case, forecast(case), cost, compiled, found, constants.memory, constants.power
+        case, forecast(case), cost, compiled, found, constants.memory, constants.power,
+        checkpoint_bytes(case),
     )  # fmt: skip
 
 
@@ -73,6 +76,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "compile_seconds": compiled.seconds,
             "compile_process_bytes": compiled.process_bytes,
         },
+        "checkpoint": plan.checkpoint._asdict(),
         "collectives": [
             {
                 "kind": kind,

@@ -9,12 +9,17 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.parallel.saved import compile_from_stages, compile_to_stages
+from llama3_jax.parallel.stages import make_stages
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.checkpointing import checkpoint_bytes
 from llama3_jax.training import checkpoint
 from llama3_jax.training.checkpoint import Checkpoints, load_model, restore_newest, save_model
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import (
     TrainState,
     abstract_canonical,
+    abstract_state,
     from_canonical,
     init_state,
     to_canonical,
@@ -94,6 +99,41 @@ def test_a_state_laid_out_for_a_mesh_is_saved_as_if_there_were_none(tmp_path, na
     placed = from_canonical(canonical, MODEL, OPTIMIZER, layout)
     again = to_canonical(placed, MODEL, layout)
     assert checkpoint.checksums(again) == checkpoint.checksums(canonical)
+
+
+@pytest.mark.parametrize("name", ["uneven-pipe", "interleaved"])
+def test_no_pipeline_rank_holds_or_reads_the_whole_of_a_checkpoint(name):
+    layout = make_mesh(MESHES[name])
+    state = to_canonical(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout)
+    abstract = abstract_canonical(MODEL, OPTIMIZER, layout)
+    for x, a in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding.is_equivalent_to(a.sharding, x.ndim)
+        assert x.ndim == 0 or "pipe" in str(x.sharding.spec)
+    total = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim > 2)
+    held = sum(s.data.nbytes for x in jax.tree.leaves(state) if x.ndim > 2
+               for s in x.addressable_shards)  # fmt: skip
+    assert held == total  # no matrix is there twice
+    case = Case("one", MODEL, OPTIMIZER, MESHES[name], 8, 32, 1, 1)
+    read = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+    planned = checkpoint_bytes(case)
+    assert (planned.size, planned.read) == (checkpoint.state_bytes(state), read)
+    assert planned.held == read // 8
+
+
+def test_layers_go_to_their_place_in_a_checkpoint_by_one_exchange():
+    """No rank gathers an array on the way, however layers lie over the stages."""
+    layout = make_mesh(MESHES["uneven-pipe"])
+    stages = make_stages(MODEL.layers, layout.config)
+    there, back = (
+        abstract(MODEL, OPTIMIZER, layout).params["blocks"]["ffn"]["up"]
+        for abstract in (abstract_state, abstract_canonical)
+    )
+    for compiled, x in (
+        (compile_from_stages(stages, back.shape, there.sharding), there),
+        (compile_to_stages(stages, back.shape, there.sharding), back),
+    ):
+        text = compiled.lower(x).compile().as_text()
+        assert "all-to-all" in text and "all-gather" not in text and "all-reduce" not in text
 
 
 def largest(folder: Path) -> Path:
