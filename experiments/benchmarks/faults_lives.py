@@ -111,24 +111,22 @@ def make_corpora(folder: Path) -> None:
 
 
 class Metrics:
-    """The metrics.jsonl of a life that begins now, which writes the file anew when it opens the run."""
+    """The metrics.jsonl of a life that begins now: it cuts the file when it opens the run, and then
+    begins a file of its own for TensorBoard."""
 
     def __init__(self, workdir: Path):
         self._path = workdir / METRICS_FILE
-        self._before = self._inode()
+        self._before = self._boards()
 
     def step(self) -> int | None:
         """The last step recorded by this life; None before it opened the run."""
-        if self._inode() in (None, self._before):
+        if self._boards() == self._before:
             return None
         steps = re.findall(rb'"step": (\d+),', self._path.read_bytes()[-8_000:])
         return int(steps[-1]) if steps else 0
 
-    def _inode(self) -> int | None:
-        try:
-            return self._path.stat().st_ino
-        except FileNotFoundError:
-            return None
+    def _boards(self) -> set[str]:
+        return {path.name for path in self._path.parent.glob("tensorboard/*")}
 
 
 def newest(workdir: Path) -> int:
