@@ -112,7 +112,8 @@ class Incidents:
     def _event(
         self, step: int, stage: int, loss: float, grad_norm: float, finding: Finding
     ) -> dict[str, Any]:
-        entries = self._run.batches.documents(step)
+        # Every document is read for its id: by the process that writes the event alone.
+        entries = self._run.batches.documents(step) if processes.is_first() else []
         first = self._run.timeline.stages[stage].first_step
         return {
             "kinds": list(finding.kinds),
