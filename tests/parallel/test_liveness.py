@@ -1,8 +1,15 @@
 """What a process asks of the store that all share."""
 
+import hashlib
 import json
 import threading
 
+import jax
+import numpy as np
+import pytest
+
+from llama3_jax.errors import UserError
+from llama3_jax.parallel import processes
 from llama3_jax.parallel.liveness import Watch
 
 
@@ -44,3 +51,19 @@ def test_one_process_lists_what_all_are_at_and_the_others_read_its_finding():
 def test_one_process_looks_for_the_reason_of_a_hang():
     store = Store(3)
     assert [watch(store, process)._looks_alone() for process in range(3)] == [True, False, False]
+
+
+def test_processes_that_were_given_different_configs_are_named(monkeypatch):
+    """As three processes see it, of which the last has another text."""
+    texts = ["a", "a", "b"]
+
+    def gathered(_):
+        digests = [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts]
+        return np.stack([np.frombuffer(d, np.int32) for d in digests])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    with pytest.raises(UserError, match="process 2 has another config than process 0"):
+        processes.check_same("config", "a")
+    texts[2] = "a"
+    processes.check_same("config", "a")
