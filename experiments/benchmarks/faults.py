@@ -12,6 +12,7 @@ done again.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -116,15 +117,25 @@ class Faults:
 
     def __init__(self, door: Door, folder: Path, rng: random.Random):
         self.door, self.folder, self.rng = door, folder, rng
-        self.reference, self.half = folder / "undisturbed", folder / "half"
-        supervise(lambda: door.start(self.reference), self.reference, iter(()))
-        # A run that was stopped half way is where most cases begin.
-        stopped = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
-        children = door.start(self.half)
-        self.stopped = live(children, self.half, stopped)
-        assert self.stopped.codes == [cli.EXIT_REQUEUE], self.stopped
+        self.half = folder / "half"
+
+    @functools.cached_property
+    def reference(self) -> Path:
+        """The undisturbed run."""
+        workdir = self.folder / "undisturbed"
+        supervise(lambda: self.door.start(workdir), workdir, iter(()))
+        return workdir
+
+    @functools.cached_property
+    def stopped(self) -> Life:
+        """The life of a run that was stopped half way: where most cases begin."""
+        stop = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
+        life = live(self.door.start(self.half), self.half, stop)
+        assert life.codes == [cli.EXIT_REQUEUE], life
+        return life
 
     def copy(self, name: str) -> Path:
+        assert self.stopped
         return Path(shutil.copytree(self.half, self.folder / name))
 
     def outcome(
@@ -211,7 +222,7 @@ class Faults:
             raise SkipCase("this machine lets nobody mount a small file system")
         try:
             workdir, ballast = place / "run", place / "ballast"
-            shutil.copytree(self.half, workdir)
+            shutil.copytree(self.copy("disk"), workdir)
 
             def fill(children: list[subprocess.Popen], workdir: Path) -> None:
                 with open(ballast, "wb", buffering=0) as file:

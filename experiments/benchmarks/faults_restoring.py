@@ -22,7 +22,7 @@ def files(workdir: Path) -> set[str]:
 
 def rewind_few(faults):
     """Two checkpoints are kept; a second NaN comes right after the first one's rewind took the newer."""
-    workdir, batch = faults.copy("rewind_few"), 2 * EVERY + 5
+    workdir, batch = faults.copy("rewind_few"), EVERY + 5
     back = EVERY // 2 + 1
     step = STEPS * 4 + batch
     arguments = ("--config.checkpoint.keep_last=2", "--config.health.not_finite=rewind")

@@ -3,12 +3,15 @@
     python -m llama3_jax.train --config=experiments/benchmarks/faults_run.py:CORPORA --workdir=…
 
 CORPORA is a folder made by `faults.py`. Two devices make the mesh, of one process or of two.
-`CORPORA,measured` is a shorter run with validation, evaluation and a gate.
+`CORPORA,measured` is a shorter run with validation, evaluation and a gate. FAULTS_STEPS in the
+environment makes other steps of each stage than 60 (at least 20), to try the cases quickly.
 """
+
+import os
 
 from llama3_jax.recipe.config import run_config
 
-STEPS, EVERY = 60, 10  # of each stage; between checkpoints
+STEPS, EVERY = int(os.environ.get("FAULTS_STEPS", "60")), 10  # of each stage; between checkpoints
 MEASURED_STEPS = 20  # of each of its two stages
 MEASURED_END = 2 * MEASURED_STEPS
 STAGES = ("short", "long", "longer", "wide", "annealing")
