@@ -113,10 +113,10 @@ class Scorer:
         """
         rows = self.batch_rows(length)
         sharding.check_batch(rows, length, 1, self.layout)
-        lies = NamedSharding(self.layout.mesh, sharding.spec(("rows", "length"), self.layout))
+        placed = NamedSharding(self.layout.mesh, sharding.spec(("rows", "length"), self.layout))
         dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=lies)
+            name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)
             for name, dtype in (dtypes | {"loss_mask": np.bool_}).items()
         }
         compiled = _compile(self.config, self.layout).lower(self.params, batch).compile()

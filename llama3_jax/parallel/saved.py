@@ -1,7 +1,7 @@
-"""How the arrays of a pipelined mesh lie in its checkpoints.
+"""How the arrays of a pipelined mesh are sharded in its checkpoints.
 
-A checkpoint holds blocks stacked in the network's order, which no mesh's stages need share. What is
-split over pipe there is another dimension of each array: so every pipeline rank reads and writes its
+A checkpoint holds blocks stacked in the network's order, which no mesh's stages need share. There
+another dimension of each array is split over pipe, so that every pipeline rank reads and writes its
 part, and none holds the whole. The way between the two is one all-to-all over pipe.
 """
 
@@ -15,7 +15,7 @@ from llama3_jax.parallel.stages import Stages, from_stages, to_stages
 
 
 def saved_sharding(s: NamedSharding, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
-    """The sharding in the network's order of an array that lies as `s` on the pipelined mesh.
+    """The sharding in the network's order of an array with sharding `s` on the pipelined mesh.
 
     `shape` is that in the network's order; `stacked` says that its first dimension are the layers.
     """
@@ -43,7 +43,7 @@ def _saved_dim(s: NamedSharding, shape: tuple[int, ...], stacked: bool) -> int |
 
 @functools.cache
 def compile_from_stages(stages: Stages, shape: tuple[int, ...], s: NamedSharding):
-    """Jitted: a pipelined stack that lies as `s`, to `saved_sharding` of `shape`."""
+    """Jitted: a pipelined stack with sharding `s`, to `saved_sharding` of `shape`."""
     to, dim = saved_sharding(s, shape, stacked=True), _saved_dim(s, shape, stacked=True)
     if dim is None:
         return jax.jit(lambda x: from_stages(x, stages), out_shardings=to)

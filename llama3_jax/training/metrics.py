@@ -26,7 +26,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int, sinks: Sequence[Sink] = ()):
         """Drops the records of steps after `step`, and a line cut off by a crash.
 
-        Records lie in the order of their steps: so the file is read from its end, and no more of it
+        Records are in the order of their steps: so the file is read from its end, and no more of it
         than what goes. `of_step` are then those after exactly `step` steps.
         """
         self._sinks = sinks
