@@ -32,7 +32,7 @@ def _is_axes(leaf: Any) -> bool:
 
 def mesh_axes(axis: str, layout: Layout | MeshConfig) -> tuple[str, ...]:
     """The mesh axes of more than one rank over which a logical axis is split."""
-    mesh = layout.config if isinstance(layout, Layout) else layout
+    mesh = getattr(layout, "config", layout)
     if axis == "kv_heads" and mesh.kv_heads == "replicated":
         return ()
     entry = TABLE[axis]
@@ -75,7 +75,7 @@ def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout | MeshConfi
                 if axis == "kv_heads" and ranks % size == 0:
                     hint = "; mesh.kv_heads='replicated' lets tensor ranks share KV heads"
                 raise UserError(f"{product} does not divide the model's {axis} ({size}){hint}")
-    mesh = layout.config if isinstance(layout, Layout) else layout
+    mesh = getattr(layout, "config", layout)
     if mesh.kv_heads == "replicated":
         _check_replicated(axes_tree, shapes_tree, mesh.tensor)
 

@@ -12,7 +12,7 @@ All processes of a run save and restore together, each its own shards, in a dire
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ class Checkpoints:
         for step, name in zip(steps, names, strict=True):
             if processes.is_first():
                 target.mkdir(exist_ok=True)
-                os.rename(self.directory / str(step), target / name)
+                shutil.move(self.directory / str(step), target / name)
             self._present.discard(step)
         processes.all_agree(True)
         return target / names[-1]
