@@ -1,5 +1,6 @@
 """More cases of faults.py: rewinds with few checkpoints, restores that fail, signals while measuring."""
 
+import os
 import re
 import resource
 import shutil
@@ -114,6 +115,7 @@ def long_metrics(faults):
     copied = workdir / "copied"
     copied.mkdir()
     shutil.copy(path, copied / METRICS_FILE)
+    os.sync()  # or opening would wait for what was written just now
     begun = time.perf_counter()
     MetricsWriter(copied, newest(workdir) - 3).close()
     seconds = time.perf_counter() - begun
