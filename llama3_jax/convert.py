@@ -7,8 +7,9 @@
 
 --from tells the direction: a Hugging Face directory (config.json and safetensors) becomes a model
 folder; a run's workdir (its newest checkpoint), one checkpoint or a model folder becomes a
-Hugging Face directory, with --max_length as the longest text it says it was trained for. The
-model's tokenizer goes with it, as tokenizer.json or as the folder tokenizer.
+Hugging Face directory, with --max_length (by default that of the longest rows trained on) as the
+longest text it says it was trained for. The model's tokenizer goes with it, as tokenizer.json or as
+the folder tokenizer.
 
 `average` writes the mean of several models, in float32, as a model folder: equal parts, or --weights.
 """
@@ -72,7 +73,7 @@ def convert(
         ids = {}
         if tokenizer:
             ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        dtype = dtype or "bfloat16"
+        dtype, max_length = dtype or "bfloat16", max_length or loaded.length
         with _written(target, overwrite) as folder:
             hf.save(folder, loaded.config, loaded.params, dtype, max_length=max_length, **ids)
             if tokenizer:
@@ -109,9 +110,10 @@ def _save_model(
     params: Params,
     tokenizer: tokenizers.Tokenizer | None,
     overwrite: bool,
+    length: int | None = None,
 ) -> None:
     with _written(target, overwrite) as folder:
-        save_model(folder, config, params, tokenizer and tokenizer.fingerprint)
+        save_model(folder, config, params, tokenizer and tokenizer.fingerprint, length)
         if tokenizer:
             (folder / "tokenizer").mkdir()
             tokenizer.save(folder / "tokenizer")
@@ -134,7 +136,7 @@ def average(_) -> None:
     target = check_output_folder("--to", target, FLAGS.overwrite, sources).absolute()
     made = average_models(sources, weights)
     tokenizer = _tokenizer(sources[0], made)
-    _save_model(target, made.config, made.params, tokenizer, FLAGS.overwrite)
+    _save_model(target, made.config, made.params, tokenizer, FLAGS.overwrite, made.length)
     print(f"wrote the mean of {len(sources)} models to {target} (model folder, float32)")
 
 

@@ -7,11 +7,15 @@
 
 --model is a run's workdir (its newest checkpoint), one checkpoint, a model folder (the averaged
 one, converted weights), or a Hugging Face directory; where no tokenizer lies beside it, give one by
---tokenizer. Needles are scored in one forward pass each, rows spread over the mesh's context axis.
---output gets results.json and, with needles, evaluation.html with the heat map.
+--tokenizer. Needles are scored in one forward pass each, rows spread over the mesh's context axis,
+with the words of the run's own needles where it has some. --output gets results.json and, with
+needles, evaluation.html with the heat map.
 """
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -23,7 +27,6 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.metrics import Metric, bits_per_byte
-from llama3_jax.evaluation.needle import STATEMENT
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import EvaluationConfig, Suite, needle_summary
 from llama3_jax.files import check_output_file, remove, write_json
@@ -37,6 +40,7 @@ from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import abstract_canonical, params_from_canonical
 
 FLAGS = flags.FLAGS
+_LOOK = ("statement", "keys", "key_words", "value_words")  # of NeedleConfig
 RESULTS_FILE, PAGE_FILE = "results.json", "evaluation.html"
 
 
@@ -53,8 +57,14 @@ def define_flags() -> None:
     flags.DEFINE_list("lengths", [], "Of the haystacks, in tokens.")
     flags.DEFINE_integer("depths", 11, "Places of the needle, the two ends among them.")
     flags.DEFINE_integer("seeds", 5, "Haystacks of each length and depth.", lower_bound=1)
-    flags.DEFINE_list("keys", ["1"], "Needles in a haystack; one is asked for.")
-    flags.DEFINE_string("statement", STATEMENT, "The needle, with {key} and {value}.")
+    flags.DEFINE_list(
+        "keys", None, "Needles in a haystack; one is asked for. Default: the run's, or 1."
+    )
+    flags.DEFINE_string(
+        "statement", None, "The needle, with {key} and {value}; default: the run's, or English."
+    )
+    flags.DEFINE_list("key_words", None, "What {key} may be; default: the run's, or English nouns.")
+    flags.DEFINE_list("value_words", None, "What {value} may be; as --key_words.")
     flags.DEFINE_integer("length", 2048, "Of rows for tasks and held-out text.", lower_bound=2)
     flags.DEFINE_integer("batch_tokens", 16_384, "Tokens computed at once.", lower_bound=1)
     flags.DEFINE_string("mesh", "", "Devices along the axes, as data=2,context=4.")
@@ -71,9 +81,11 @@ def main(_) -> None:
     if held_out:
         values["held_out_tokens"] = FLAGS.held_out_tokens
     if lengths:
-        values["needle"] = dict(
+        given = {k: FLAGS[k].value for k in ("statement", "key_words", "value_words")}
+        given["keys"] = FLAGS.keys and _numbers("keys")
+        values["needle"] = needles_of_run(Path(FLAGS.model)) | dict(
             haystack=FLAGS.haystack, lengths=lengths, depths=FLAGS.depths, seeds=FLAGS.seeds,
-            keys=_numbers("keys"), statement=FLAGS.statement,
+            **{key: value for key, value in given.items() if value},
         )  # fmt: skip
     config = parse(EvaluationConfig, values, "flags")
     if FLAGS.output:
@@ -96,6 +108,10 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
     suite = Suite(config, corpora, tokenizer)
     if config.needle:
         suite.check_lengths(config.needle.lengths)
+    if mesh == MeshConfig() and jax.process_count() > 1:
+        raise UserError(
+            f"--mesh is required with several processes: of {jax.device_count()} devices"
+        )
     layout = make_mesh(mesh, jax.devices()[:1] if mesh == MeshConfig() else None)
     loaded = load(path, lambda model: abstract_canonical(model, OptimizerConfig(), layout).params)
     check_tokenizer(loaded, tokenizer)
@@ -103,6 +119,12 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
     scorer = Scorer(loaded.config, params, layout, config.batch_tokens)
 
     say = Console(quiet=not processes.is_first(), soft_wrap=True, highlight=False).print
+    for length in config.needle.lengths if config.needle else ():
+        if loaded.length is None or length > loaded.length:
+            if loaded.length:
+                say(f"warning: --lengths: {length:,} is beyond {loaded.length:,}, the length of the "
+                    "longest rows that the model was trained on")  # fmt: skip
+            scorer.check_memory(length)
     scores: dict[str, Metric] = {}
     for part in suite.short_parts:
         scores |= suite.short(part, scorer)
@@ -128,6 +150,19 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
             section = Section("Needle in a haystack", plots_html("needle", plots))
             write_page(output / PAGE_FILE, f"Evaluation of {path}", [section])
         say(f"wrote {output}")
+
+
+def needles_of_run(path: Path) -> dict[str, Any]:
+    """How needles look in the run that `path` is, or is a checkpoint or average of; {} if unknown.
+
+    A model that never saw the words of other needles finds none of them.
+    """
+    for folder in (path, *path.absolute().parents[:2]):
+        with contextlib.suppress(OSError, ValueError):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            found = (config.get("evaluation") or {}).get("needle") or {}
+            return {k: v for k, v in found.items() if k in _LOOK}
+    return {}
 
 
 def _table(scores: dict[str, Metric]) -> Table:

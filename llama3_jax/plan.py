@@ -51,6 +51,11 @@ def define_flags() -> None:
 
 
 def main(_) -> int:
+    for flag in ("gpus", "best"):
+        if FLAGS[flag].present and not FLAGS.search:
+            raise UserError(f"--{flag} is for --search")
+    if FLAGS.search and FLAGS.all_stages:
+        raise UserError("--all_stages and --search: one or the other")
     cases = cases_of(parse(RunConfig, cli.require_config(FLAGS.config)))
     constants = load_constants(FLAGS.constants)
     if FLAGS.json:
@@ -98,6 +103,14 @@ def show(plan: Plan) -> None:
             f"pipeline: {result.ticks} ticks, bubble {result.bubble:.1%} of busy time, at most "
             f"{max(result.in_flight)} chunks in flight"
         )
+    of = plan.checkpoint
+    line = f"checkpoint: {of.size / 1e12:.2f} TB; a restore reads {of.read / 1e12:.2f} TB in all"
+    if case.mesh.pipe > 1:
+        line += (
+            f"; like a save it takes {of.held / 1e9:.2f} GB more of each GPU, which exchanges "
+            f"{of.exchanged / 1e9:.2f} GB with its pipeline's"
+        )
+    console.print(line)
     console.print(tables.time_table(plan))
     console.print(tables.accounting_table(plan))
     console.print(tables.range_table(plan))

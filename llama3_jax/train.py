@@ -39,11 +39,19 @@ from llama3_jax.planning.memory import forecast
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import GateLog, Gates
 from llama3_jax.recipe.incidents import Incidents
-from llama3_jax.recipe.measure import averaged_now, evaluate, evaluation_due, scorer, start_average
+from llama3_jax.recipe.measure import (
+    averaged_now,
+    evaluate,
+    evaluation_due,
+    recorded,
+    scorer,
+    start_average,
+)
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
 from llama3_jax.recipe.prepare import Run, context_balances, follow, leave_out, prepare
 from llama3_jax.recipe.replay import replay
 from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
+from llama3_jax.recipe.timeline import average_steps
 from llama3_jax.schema import parse
 from llama3_jax.training import sinks
 from llama3_jax.training.checkpoint import (
@@ -114,6 +122,7 @@ def main(_) -> int:
 
 def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     """Trains to the end of the timeline, or until a signal; returns the exit code."""
+    processes.check_same("config", run.config.model_dump_json())
     writes = processes.is_first()
     ledger = Ledger(workdir / GOODPUT_FILE if writes else None)
     watchdog = Watchdog(run.config.watchdog, ledger, workdir, jax.process_index(), watch)
@@ -141,7 +150,7 @@ def train_on(
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
     abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
     workdir.mkdir(parents=True, exist_ok=True)
-    check_space(workdir, abstract[0], config)
+    check_space(workdir, abstract[0], run)
     cases = [case_of(config, stage) for stage in timeline.stages]
     xla.check_memory({case.name: forecast(case).total for case in cases}, config.xla)
 
@@ -195,7 +204,8 @@ def train_on(
     progress.say(
         f"{model.parameter_count():,} parameters, {model.dtype}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
-        f"{jax.process_count()} process(es); MFU against {peak:.3g} FLOP/s ({peak_source})"
+        f"{jax.process_count()} process(es); "
+        + (f"MFU against {peak:.3g} FLOP/s ({peak_source})" if peak else f"no MFU: {peak_source}")
     )
     for line in context_balances(run) if writes else ():
         progress.say(line)
@@ -206,7 +216,7 @@ def train_on(
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
     if step < timeline.steps:  # else the job ended earlier
         ledger.begin(step)
-    log = StepLog(run, metrics, progress, peak * jax.device_count(), incidents)
+    log = StepLog(run, metrics, progress, peak and peak * jax.device_count(), incidents)
     gates = Gates(gate_log, run.suite, progress.say)
     average = start_average(run, step, average)
 
@@ -236,7 +246,45 @@ def train_on(
         stop.agree()
         return stop.agreed
 
+    owed = False
+
+    def measure(done: frozenset[str] = frozenset()) -> None:
+        """Validation and evaluation, where they are due and not `done`; a signal ends them, and the
+        next start does what is owed."""
+        nonlocal owed
+        held_out = due(config, timeline, step) and "validation" not in done
+        models = {"last": None, AVERAGED: average} if step == timeline.steps else {"last": None}
+        models = {n: a for n, a in models.items() if n == "last" or a}
+        models = {n: a for n, a in models.items() if f"evaluation/{n}" not in done}
+        if not evaluation_due(run, step):
+            models = {}
+        if not held_out and not models:
+            return
+        log.flush()
+        index = timeline.stage_index(step - 1)
+        stage = timeline.stages[index]
+        stage_model = model.model_copy(update={"rope": stage.rope})
+        lie_on(layouts[index])
+        try:
+            with ledger.booking("evaluation"):
+                if held_out:
+                    validate(run, stage_model, layout, stage, state.params, step, metrics, progress,
+                             stop.check)  # fmt: skip
+                    if config.samples.prompts:
+                        params = to_canonical(state.params, model, layout)
+                        write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
+                        del params
+                for name, averaged in models.items():
+                    params = averaged.params if averaged else state.params
+                    scored = scorer(run, stage_model, params, layout, stop.check)
+                    evaluate(run, scored, name, step, metrics, progress)
+        except Interrupted:
+            owed = True
+        log.restart_clock()
+
     try:
+        if step:  # a signal may have kept the start before from it
+            measure(recorded(metrics.of_step))
         while (step < timeline.steps or gates.due(timeline, step)) and not (
             stop.agreed or incidents.rewind_from
         ):
@@ -252,8 +300,9 @@ def train_on(
                     checkpoints.wait()  # it may take long, and may end the run
                 stage_model = model.model_copy(update={"rope": timeline.stages[index].rope})
                 with ledger.booking("evaluation"):
-                    model_on_mesh = scorer(run, stage_model, state.params, layout)
-                    gates.run(timeline, step, model_on_mesh, interrupted)
+                    model_on_mesh = scorer(run, stage_model, state.params, layout, stop.check)
+                    with contextlib.suppress(Interrupted):  # the parts that are done are kept
+                        gates.run(timeline, step, model_on_mesh, interrupted)
                     del model_on_mesh
                 timeline = follow(run, gate_log.verdicts)
                 progress.set_total(timeline.tokens)
@@ -287,27 +336,7 @@ def train_on(
                     average.add(state.params)
                 stop.agree()
                 ledger.stepped(step)
-                if due(config, timeline, step):
-                    log.flush()
-                    with ledger.booking("evaluation"):
-                        validate(
-                            run, stage_model, layout, stage, state.params, step, metrics, progress
-                        )
-                        params = to_canonical(state.params, model, layout)
-                        write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
-                        del params
-                    log.restart_clock()
-                if evaluation_due(run, step):
-                    log.flush()
-                    scored = {"last": state.params}
-                    if step == timeline.steps and average:
-                        scored[AVERAGED] = average.params
-                    with ledger.booking("evaluation"):
-                        for name, params in scored.items():
-                            model_on_mesh = scorer(run, stage_model, params, layout)
-                            evaluate(run, model_on_mesh, name, step, metrics, progress)
-                    del scored, params, model_on_mesh
-                    log.restart_clock()
+                measure()
                 if step % policy.every_steps == 0 or step == timeline.steps:
                     log.flush()
                     with ledger.booking("checkpoint"):
@@ -318,7 +347,8 @@ def train_on(
         with ledger.booking("checkpoint"):
             save()
             checkpoints.close()
-            if step == timeline.steps and average and not (stop.agreed or incidents.rewind_from):
+            done = step == timeline.steps and not (owed or gates.due(timeline, step))
+            if done and average and not incidents.rewind_from:
                 export_average(workdir, run, to_canonical(average.params, model, layout))
         if incidents.rewind_from:
             target = incidents.rewind(checkpoints)
@@ -334,7 +364,7 @@ def train_on(
             ledger.write()
     if incidents.rewind_from and not stop.agreed:
         return None
-    unfinished = step < timeline.steps or gates.due(timeline, step) or incidents.rewind_from
+    unfinished = not done or incidents.rewind_from
     if stop.agreed and unfinished:
         progress.say(
             f"{stop.name} after step {step}: state saved; the same command goes on from here"
@@ -349,24 +379,40 @@ def export_average(workdir: Path, run: Run, params: Params) -> None:
     if not processes.of_first([(workdir / AVERAGED).exists()])[0]:
         tokenizer = next(iter(run.corpora.values())).info.tokenizer
         model = run.config.model.model_copy(update={"rope": run.timeline.stages[-1].rope})
-        save_model(workdir / AVERAGED, model, params, tokenizer)
+        length = max(stage.length for stage in run.timeline.stages)
+        save_model(workdir / AVERAGED, model, params, tokenizer, length)
 
 
-def check_space(workdir: Path, abstract: TrainState, config: RunConfig) -> None:
+def check_space(workdir: Path, abstract: TrainState, run: Run) -> None:
     """Refuses to start where the checkpoints to be kept would not fit on the disk.
 
     Raises:
       UserError: names what is free and what is needed.
     """
+    if not processes.is_first():  # the folder may be shared, and hold many files
+        return
+    policy, steps = run.config.checkpoint, run.timeline.steps
+    saves = sorted({*range(policy.every_steps, steps, policy.every_steps), steps})
     # One more than is kept: the new one is written before the oldest goes.
-    need = state_bytes(abstract) * (config.checkpoint.keep_last + 1)
+    kept = set(saves[-policy.keep_last - 1 :])
+    if policy.keep_every:
+        kept |= {step for step in saves if step % policy.keep_every == 0}
+    need, last = state_bytes(abstract) * len(kept), run.timeline.stages[-1]
+    if last.average:  # in the checkpoints after its first place, and in a folder of its own
+        first = average_steps(last)[0]
+        need += state_bytes(abstract.params) * (sum(step >= first for step in kept) + 1)
     present = sum(p.stat().st_size for p in (workdir / CHECKPOINTS).rglob("*") if p.is_file())
     free = shutil.disk_usage(workdir).free
     if free + present < need:
         raise UserError(
-            f"{workdir}: {free / 1e6:,.1f} MB are free, {config.checkpoint.keep_last + 1} "
-            f"checkpoints need {need / 1e6:,.1f} MB; free space or lower checkpoint.keep_last"
+            f"{workdir}: {free / 1e6:,.1f} MB are free, {len(kept)} checkpoints need "
+            f"{need / 1e6:,.1f} MB; free space or lower checkpoint.keep_last"
+            + (" or raise checkpoint.keep_every" if policy.keep_every else "")
         )
+
+
+class Interrupted(Exception):
+    """A signal came while something was measured."""
 
 
 class StopSignal:
@@ -392,6 +438,16 @@ class StopSignal:
         if number := self._shared.exchange(self._received):
             self.agreed, self.name = True, signal.Signals(number).name
             self.exit_code = self.EXIT_CODES[number]
+
+    def check(self) -> None:
+        """As `agree`, where the step is over and something is measured.
+
+        Raises:
+          Interrupted: the run is to stop.
+        """
+        self.agree()
+        if self.agreed:
+            raise Interrupted
 
     def _receive(self, number: int, _) -> None:
         self._received = number

@@ -19,6 +19,8 @@ def test_closed_forms_alone_are_quick_and_whole(door, tmp_path):
     plan = json.loads(target.read_text())
     (stage,) = plan["stages"]
     assert stage["fits"] and stage["memory_compiled"] is None
+    # Each GPU reads its part; all read a little more than there is, for norms are not split.
+    assert 1 <= stage["checkpoint"]["read"] / stage["checkpoint"]["size"] < 1.02
     assert stage["seconds"] == pytest.approx(sum(stage["parts"].values()))
     assert all(entry["source"] for entry in plan["constants"].values())
 
@@ -63,6 +65,15 @@ def test_search_without_compiling(door):
         (("--config=experiments/demo/train.py", "--show_schedule"), "has no pipeline"),
         ((ROW, "--nocompile", "--config.model.remat=none"), "needs .* GiB of a GPU's 79.1"),
         ((ROW, "--search", "--gpus=8"), "none of .* layouts fits"),
+        ((ROW, "--gpus=8"), "--gpus is for --search"),
+        (
+            (ROW, "--nocompile", "--config.mesh.pipe=200"),
+            "mesh.pipe=200 .*is too many for 126 layers",
+        ),
+        (
+            ("--config=experiments/production/llama3_405b.py", "--config.mesh.tensor=7"),
+            "config.mesh: no stage uses it, for the first sets config.stages.0.mesh",
+        ),
     ],
 )
 def test_one_line_for_what_cannot_be(door, arguments, message):

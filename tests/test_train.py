@@ -105,8 +105,7 @@ def test_every_step_is_recorded_and_learns(undisturbed):
     assert records[-1]["tokens"] == 8 * 256 + 6 * 256 + 8 * 512
     assert records[-1]["loss"] < records[0]["loss"] - 1
     assert all(r["applied"] and 0 < r["utilisation"] <= 1 for r in records)
-    for record in records[1:]:
-        assert record["mfu"]["full"] >= record["mfu"]["causal"] >= record["mfu"]["document"] > 0
+    assert all(r["mfu"] == {} and r["tokens_per_second"] > 0 for r in records[1:])
     held_out = [r for r in read_metrics(undisturbed) if r["kind"] == "validation"]
     assert [r["tokens"] for r in held_out] == [2048, 4096, 6144, 7680]
     assert held_out[-1]["losses"].keys() == {"a", "b"}

@@ -12,6 +12,7 @@ done again.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
+from experiments.benchmarks import faults_restoring
 from experiments.benchmarks.faults_lives import (
     END,
     HALF,
@@ -72,7 +74,7 @@ class Outcome:
 # ------------------------------------------------------------------------------ what is compared
 
 
-def final_state(workdir: Path) -> list[np.ndarray]:
+def final_state(workdir: Path, end: int) -> list[np.ndarray]:
     """All arrays of the last checkpoint."""
     import jax
 
@@ -85,7 +87,7 @@ def final_state(workdir: Path) -> list[np.ndarray]:
     config = parse(RunConfig, json.loads((workdir / "config.json").read_text()))
     abstract = abstract_canonical(config.model, config.optimizer, make_mesh(MeshConfig()))
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep_last=1, keep_every=1)
-    restored = checkpoints.restore(END, *abstract)
+    restored = checkpoints.restore(end, *abstract)
     return [np.asarray(x) for x in jax.tree.leaves((restored.params, restored.optimizer))]
 
 
@@ -94,10 +96,10 @@ def records(workdir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
 
 
-def same(workdir: Path, reference: Path) -> bool:
-    if newest(workdir) != END:
+def same(workdir: Path, reference: Path, end: int = END) -> bool:
+    if newest(workdir) != end:
         return False
-    pairs = zip(final_state(workdir), final_state(reference), strict=True)
+    pairs = zip(final_state(workdir, end), final_state(reference, end), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs) and records(workdir) == records(reference)
 
 
@@ -115,24 +117,49 @@ class Faults:
 
     def __init__(self, door: Door, folder: Path, rng: random.Random):
         self.door, self.folder, self.rng = door, folder, rng
-        self.reference, self.half = folder / "undisturbed", folder / "half"
-        supervise(lambda: door.start(self.reference), self.reference, iter(()))
-        # A run that was stopped half way is where most cases begin.
-        stopped = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
-        children = door.start(self.half)
-        self.stopped = live(children, self.half, stopped)
-        assert self.stopped.codes == [cli.EXIT_REQUEUE], self.stopped
+        self.half = folder / "half"
+
+    @functools.cached_property
+    def reference(self) -> Path:
+        """The undisturbed run."""
+        workdir = self.folder / "undisturbed"
+        supervise(lambda: self.door.start(workdir), workdir, iter(()))
+        return workdir
+
+    @functools.cached_property
+    def stopped(self) -> Life:
+        """The life of a run that was stopped half way: where most cases begin."""
+        stop = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
+        life = live(self.door.start(self.half), self.half, stop)
+        assert life.codes == [cli.EXIT_REQUEUE], life
+        return life
 
     def copy(self, name: str) -> Path:
+        assert self.stopped
         return Path(shutil.copytree(self.half, self.folder / name))
 
     def outcome(
         self, name: str, workdir: Path, lives: list[Life], notes: str, manual: str = "none",
-        reference: Path | None = None, lost: list[int] | None = None,
+        reference: Path | None = None, lost: list[int] | None = None, end: int = END,
     ) -> Outcome:  # fmt: skip
-        recovered = lives[-1].codes[0] == 0 and same(workdir, reference or self.reference)
+        recovered = lives[-1].codes[0] == 0 and same(workdir, reference or self.reference, end)
+        return self.finished(name, workdir, lives, notes, manual, recovered, lost)
+
+    def finished(
+        self, name: str, workdir: Path, lives: list[Life], notes: str, manual: str = "none",
+        recovered: bool = False, lost: list[int] | None = None,
+    ) -> Outcome:  # fmt: skip
+        """As `outcome`, where the case itself says whether the run recovered."""
         return Outcome(name, recovered, lives, lost_steps(lives) if lost is None else lost, manual,
                        notes)  # fmt: skip
+
+    def measured(self) -> Path:
+        """The undisturbed run with validation, evaluation and a gate."""
+        workdir = self.folder / "measured"
+        if not workdir.exists():
+            begin = lambda: self.door.start(workdir, measured=True, faults=("none",))  # noqa: E731
+            supervise(begin, workdir, iter(()))
+        return workdir
 
     def kill(self) -> Outcome:
         return self._kill("killed")
@@ -195,7 +222,7 @@ class Faults:
             raise SkipCase("this machine lets nobody mount a small file system")
         try:
             workdir, ballast = place / "run", place / "ballast"
-            shutil.copytree(self.half, workdir)
+            shutil.copytree(self.copy("disk"), workdir)
 
             def fill(children: list[subprocess.Popen], workdir: Path) -> None:
                 with open(ballast, "wb", buffering=0) as file:
@@ -299,7 +326,7 @@ CASES = {
     name: getattr(Faults, name)
     for name in ("kill", "kill_waited", "sigterm", "truncated", "flipped", "disk", "shard", "nan_skip",
                  "nan_rewind", "one_of_two", "frozen", "stuck")
-}  # fmt: skip
+} | faults_restoring.CASES  # fmt: skip
 
 
 def main(_) -> int:

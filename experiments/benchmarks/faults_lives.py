@@ -57,8 +57,9 @@ class Door:
         self._config = f"--config={CONFIG}:{corpora}"
 
     def start(
-        self, workdir: Path, *arguments: str, processes: int = 1, faults: tuple[str, ...] = ("",)
-    ) -> list[subprocess.Popen]:
+        self, workdir: Path, *arguments: str, processes: int = 1, faults: tuple[str, ...] = ("",),
+        devices: int = 2, measured: bool = False, preexec: Callable[[], None] | None = None,
+    ) -> list[subprocess.Popen]:  # fmt: skip
         """`faults` are those of each process (see faults_program.py); "" is none."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -66,9 +67,13 @@ class Door:
                 "JAX_COMPILATION_CACHE_DIR", str(self.folder / "compiled")
             ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
         }
-        common = [self._config, f"--workdir={workdir}", *arguments]
+        common = [
+            self._config + (",measured" if measured else ""),
+            f"--workdir={workdir}",
+            *arguments,
+        ]
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -84,6 +89,7 @@ class Door:
             child = subprocess.Popen(
                 [sys.executable, "-m", module, *common, *own],
                 stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | {"FAULT": fault},
+                preexec_fn=preexec,
             )  # fmt: skip
             child.output = output
             begun.append(child)
@@ -111,24 +117,22 @@ def make_corpora(folder: Path) -> None:
 
 
 class Metrics:
-    """The metrics.jsonl of a life that begins now, which writes the file anew when it opens the run."""
+    """The metrics.jsonl of a life that begins now: it cuts the file when it opens the run, and then
+    begins a file of its own for TensorBoard."""
 
     def __init__(self, workdir: Path):
         self._path = workdir / METRICS_FILE
-        self._before = self._inode()
+        self._before = self._boards()
 
     def step(self) -> int | None:
         """The last step recorded by this life; None before it opened the run."""
-        if self._inode() in (None, self._before):
+        if self._boards() == self._before:
             return None
         steps = re.findall(rb'"step": (\d+),', self._path.read_bytes()[-8_000:])
         return int(steps[-1]) if steps else 0
 
-    def _inode(self) -> int | None:
-        try:
-            return self._path.stat().st_ino
-        except FileNotFoundError:
-            return None
+    def _boards(self) -> set[str]:
+        return {path.name for path in self._path.parent.glob("tensorboard/*")}
 
 
 def newest(workdir: Path) -> int:

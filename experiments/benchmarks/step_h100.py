@@ -387,6 +387,8 @@ def measure_sides(changes: dict[str, str]) -> int:
                 raise UserError(f"{side} ran out of memory with {layers} layers")
             runs[side].append(result)
     peak, source = peak_flops()
+    if peak is None:
+        raise UserError(source)
     Console(width=120).print(table_of(config, runs, peak))
     print(f"kernels: {dispatch.describe(config.kernels())}; MFU against {peak:.4g} ({source})")
     results = dict(layers=layers, changes=changes, peak_flops=peak, runs=runs)

@@ -69,6 +69,9 @@ class Batches:
         self._streams = {name: Stream(corpus, name, seed) for name, corpus in corpora.items()}
         self._mixes, self._rows = [], []
         origins = dict.fromkeys(corpora, 0)
+        # Tokens in the rows of each source: less than its stream has moved on, where the last
+        # window of a stage was not used up.
+        self.read = dict.fromkeys(corpora, 0)
         for number, stage in enumerate(stages):
             if unknown := set(stage.mix) - set(corpora):
                 raise UserError(
@@ -83,6 +86,7 @@ class Batches:
             batches = stage.steps + len(stage.left_out)
             for name, count in mix.counts(batches * stage.batch_rows).items():
                 origins[name] = rows[name].end(count)
+                self.read[name] += rows[name].tokens(count)
             self._mixes.append(mix)
             self._rows.append(rows)
         self.consumed = origins
@@ -91,8 +95,7 @@ class Batches:
     def epochs(self) -> dict[str, float]:
         """How often each source's corpus is read over the whole run."""
         return {
-            name: self.consumed[name] / stream.epoch_tokens
-            for name, stream in self._streams.items()
+            name: self.read[name] / stream.epoch_tokens for name, stream in self._streams.items()
         }
 
     def spans(self, stage: int, row: int) -> tuple[str, list[Span]]:

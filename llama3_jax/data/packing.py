@@ -131,6 +131,10 @@ class PackedRows:
         """Stream position after the first `rows` rows; a window once begun counts as used."""
         return self.origin + -(-rows // self.window_rows) * self._window_tokens
 
+    def tokens(self, rows: int) -> int:
+        """Tokens in the first `rows` rows, on average over a window."""
+        return rows * self._window_tokens // self.window_rows
+
     def row(self, index: int) -> list[Span]:
         """The spans of row `index`."""
         window, row = divmod(index, self.window_rows)

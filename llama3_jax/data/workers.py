@@ -1,9 +1,9 @@
-"""Jobs on several processes, results in the jobs' order."""
+"""Jobs on several processes, or ahead in a thread; results in the jobs' order."""
 
 import collections
 import concurrent.futures
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 JobT = TypeVar("JobT")
@@ -33,3 +33,13 @@ def run_jobs(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def ahead(items: Iterable[ResultT], count: int = 2) -> Iterator[ResultT]:
+    """The items, made in a thread, up to `count` of them before they are taken."""
+    end, iterator = object(), iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(next, iterator, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield item

@@ -6,11 +6,13 @@ compiled program each.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import psutil
+from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
 from llama3_jax.errors import UserError
@@ -50,16 +52,15 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        params: Params,
-        layout: Layout,
-        batch_tokens: int,
-        xla: XlaConfig = DEFAULT,
-    ):
-        """At most about `batch_tokens` tokens are computed at once, but a row a data rank at least."""
+        self, config: ModelConfig, params: Params, layout: Layout, batch_tokens: int,
+        xla: XlaConfig = DEFAULT, between: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """At most about `batch_tokens` tokens are computed at once, but a row a data rank at least.
+
+        `between` is called before each batch, and may raise to end the scoring.
+        """
         self.config, self.params, self.layout, self.xla = config, params, layout, xla
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._between = batch_tokens, between
 
     def score(self, requests: Sequence[Request], length: int) -> list[Score]:
         """The score of each request, in order; rows of `length` tokens or a power of two times that.
@@ -105,6 +106,33 @@ class Scorer:
         ranks = self.layout.shape["data"]
         return max(self._batch_tokens // length // ranks, 1) * ranks
 
+    def check_memory(self, length: int) -> None:
+        """Refuses rows that a device has no memory for: by the compiler's figure, before any is made.
+
+        Raises:
+          UserError: names the length, what it takes and what is free.
+        """
+        rows = self.batch_rows(length)
+        sharding.check_batch(rows, length, 1, self.layout)
+        placed = NamedSharding(self.layout.mesh, sharding.spec(("rows", "length"), self.layout))
+        dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)
+            for name, dtype in (dtypes | {"loss_mask": np.bool_}).items()
+        }
+        compiled = _compile(self.config, self.layout).lower(self.params, batch).compile()
+        need = compiled.memory_analysis().temp_size_in_bytes
+        if stats := jax.local_devices()[0].memory_stats():
+            free = stats["bytes_limit"] - stats["bytes_in_use"]
+        else:  # CPU devices share the host's
+            free = psutil.virtual_memory().available // len(jax.local_devices())
+        if need > free:
+            raise UserError(
+                f"length {length:,}: {rows} row(s) of it take {need / 2**30:,.1f} GiB of a device "
+                f"with {free / 2**30:,.1f} GiB free: shorter rows, more context ranks, or a model "
+                "with attention='chunked' or 'triton'"
+            )
+
     def tokens(
         self, batch: dict[str, np.ndarray]
     ) -> tuple[Float[np.ndarray, "rows length"], np.ndarray]:
@@ -117,6 +145,7 @@ class Scorer:
         """
         rows, length = batch["tokens"].shape
         sharding.check_batch(rows, length, 1, self.layout)
+        self._between()
         host, hosts = local_rows(self.layout.mesh)
         part = slice(host * rows // hosts, (host + 1) * rows // hosts)
         own = {name: array[part] for name, array in batch.items()}

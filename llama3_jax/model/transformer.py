@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama3_jax.kernels.attention import Places, make_spans
 from llama3_jax.kernels.cross_entropy import linear_cross_entropy, linear_scores
+from llama3_jax.kernels.embedding import lookup
 from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, RMSNorm, parameter
@@ -115,13 +116,12 @@ def embed(
     ranks: Ranks = ALONE,
 ) -> Float[Array, "batch part dim"]:
     """Token embeddings, from a table that may be split over tensor ranks by vocabulary."""
-    table = table.astype(config.dtype)
     if ranks.tensor == 1:
-        return table[tokens]
+        return lookup(table, tokens, config.dtype)
     # A token lies in one rank's part; the others add zeros.
     own = tokens - ranks.vocabulary_offset(len(table))
     inside = (own >= 0) & (own < len(table))
-    x = jnp.where(inside[..., None], table[jnp.clip(own, 0, len(table) - 1)], 0)
+    x = lookup(table, jnp.where(inside, own, len(table)), config.dtype)
     return ranks.scatter_sequence(x)
 
 

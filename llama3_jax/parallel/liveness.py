@@ -27,8 +27,8 @@ from llama3_jax import exits
 from llama3_jax.errors import UserError
 
 EXIT_LOST, EXIT_HUNG = 3, 4
-_ALIVE, _NAME, _SEEN, _VERDICT, _AT = (
-    f"llama3_jax/{key}" for key in ("alive", "name", "seen", "end", "at")
+_ALIVE, _NAME, _SEEN, _VERDICT, _AT, _BUSY, _LOOKS = (
+    f"llama3_jax/{key}" for key in ("alive", "name", "seen", "end", "at", "busy", "looks")
 )
 # For so long must process 0 be out of reach to count as lost, where the connection is refused.
 # With `_beat`'s interval it is less than the delay of `_delay_aborts`.
@@ -96,6 +96,9 @@ class Watch:
         """
         with contextlib.suppress(Exception):
             self._show_position()
+            if not self._looks_alone():
+                # Its verdict ends this process, too; and without one, the process's own words do.
+                time.sleep(4 * self._interval + 10)
             before = dict(self._store.key_value_dir_get(_ALIVE))
             time.sleep(3 * self._interval)
             silent = {
@@ -114,12 +117,19 @@ class Watch:
             _say(message if self._process == 0 else f"process {self._process}: {message}")
             self._exit(EXIT_HUNG)
 
+    def _looks_alone(self) -> bool:
+        """Whether this process is the first that hangs: one lists what all are at, not each."""
+        try:
+            self._store.key_value_set(f"{_LOOKS}/0", str(self._process))
+        except Exception:  # jaxlib's error for a key that is there has no narrower class
+            return False
+        return True
+
     def someone_is_busy(self) -> bool:
         """Whether a process does what the others wait for, and what its own watchdog times:
-        compiling, saving, evaluating."""
+        compiling, saving, evaluating. Process 0 looks at all, and the others at what it found."""
         with contextlib.suppress(Exception):
-            positions = self._store.key_value_dir_get(_AT)
-            return any(json.loads(at)[1] not in _TOGETHER for _, at in positions)
+            return dict(self._store.key_value_dir_get(_BUSY)).get(f"{_BUSY}/0") == "1"
         return False
 
     def _show_position(self) -> None:
@@ -136,6 +146,7 @@ class Watch:
                 self._show_position()
                 if self._process == 0:
                     self._find_lost(lives)
+                    self._find_busy()
                 verdict = self._store.key_value_dir_get(_VERDICT)
             except Exception:  # jaxlib's errors have no narrower class
                 self._refused = True
@@ -155,6 +166,11 @@ class Watch:
                 names = dict(self._store.key_value_dir_get(_NAME))
                 name = names.get(f"{_NAME}/{process}", f"process {process}")
                 self._announce(f"{name} is lost: no sign of life for {self._timeout:g} s")
+
+    def _find_busy(self) -> None:
+        positions = self._store.key_value_dir_get(_AT)
+        busy = any(json.loads(at)[1] not in _TOGETHER for _, at in positions)
+        self._store.key_value_set(f"{_BUSY}/0", str(int(busy)), True)
 
     def _judge(self) -> None:
         """Looks whether process 0, which keeps the store, still answers."""

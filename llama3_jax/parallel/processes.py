@@ -5,6 +5,7 @@ gloo on CPUs.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -205,6 +206,30 @@ def all_agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def check_same(what: str, text: str) -> None:
+    """Refuses to go on where processes were given different texts; all must call it.
+
+    Raises:
+      UserError: names the processes that differ from process 0; the same on all.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.int32)
+    digests = multihost_utils.process_allgather(digest)
+    if others := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
+        raise UserError(
+            f"process {', '.join(map(str, others))} has another {what} than process 0: start all "
+            "with the same one"
+        )
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.array(number))))
 
 
 def of_first(numbers: Sequence[int]) -> list[int]:

@@ -30,13 +30,14 @@ def _is_axes(leaf: Any) -> bool:
     return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
 
 
-def mesh_axes(axis: str, layout: Layout) -> tuple[str, ...]:
+def mesh_axes(axis: str, layout: Layout | MeshConfig) -> tuple[str, ...]:
     """The mesh axes of more than one rank over which a logical axis is split."""
-    if axis == "kv_heads" and layout.config.kv_heads == "replicated":
+    mesh = getattr(layout, "config", layout)
+    if axis == "kv_heads" and mesh.kv_heads == "replicated":
         return ()
     entry = TABLE[axis]
     names = (entry,) if isinstance(entry, str) else entry or ()
-    return tuple(name for name in names if layout.shape[name] > 1)
+    return tuple(name for name in names if mesh.shape[name] > 1)
 
 
 def spec(axes: tuple[str, ...], layout: Layout) -> PartitionSpec:
@@ -57,7 +58,7 @@ def shardings(axes_tree: Any, layout: Layout) -> Any:
     )
 
 
-def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout) -> None:
+def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout | MeshConfig) -> None:
     """Refuses a mesh that does not divide the parameters. Layers need not divide: see pipeline.
 
     Raises:
@@ -74,12 +75,12 @@ def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout) -> None:
                 if axis == "kv_heads" and ranks % size == 0:
                     hint = "; mesh.kv_heads='replicated' lets tensor ranks share KV heads"
                 raise UserError(f"{product} does not divide the model's {axis} ({size}){hint}")
-    if layout.config.kv_heads == "replicated":
-        _check_replicated(axes_tree, shapes_tree, layout)
+    mesh = getattr(layout, "config", layout)
+    if mesh.kv_heads == "replicated":
+        _check_replicated(axes_tree, shapes_tree, mesh.tensor)
 
 
-def _check_replicated(axes_tree: Any, shapes_tree: Any, layout: Layout) -> None:
-    tensor = layout.config.tensor
+def _check_replicated(axes_tree: Any, shapes_tree: Any, tensor: int) -> None:
     all_axes = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
     for axes, array in zip(all_axes, jax.tree.leaves(shapes_tree), strict=True):
         size = array.shape[axes.index("kv_heads")] if "kv_heads" in axes else tensor

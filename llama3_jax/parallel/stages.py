@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from llama3_jax.errors import UserError
 from llama3_jax.parallel.mesh import MeshConfig
 
 
@@ -58,6 +59,18 @@ def make_stages(layers: int, config: MeshConfig) -> Stages:
     ]  # fmt: skip
     counts = tuple(tuple(int(sizes[v * P + r]) for v in range(V)) for r in range(P))
     return Stages(counts, tuple(map(int, order)))
+
+
+def check_stages(layers: int, config: MeshConfig) -> None:
+    """Refuses a pipeline with more stages than the layers can be spread over.
+
+    Raises:
+      UserError: names the axes. Only the first and the last virtual stage may hold no layer.
+    """
+    chunks = config.pipe * config.virtual_stages
+    if config.pipe > layers or chunks > layers + 2:
+        virtual = f" x mesh.virtual_stages={config.virtual_stages}" * (config.virtual_stages > 1)
+        raise UserError(f"mesh.pipe={config.pipe}{virtual} is too many for {layers} layers")
 
 
 def to_stages(stacked: Any, stages: Stages) -> Any:

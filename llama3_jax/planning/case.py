@@ -7,7 +7,8 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.parallel.schedule import Schedule, make_schedule
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.timeline import ResolvedStage, Timeline
+from llama3_jax.recipe.prepare import lay_out
+from llama3_jax.recipe.timeline import ResolvedStage
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.xla import DEFAULT, XlaConfig
 
@@ -64,9 +65,12 @@ def case_of(config: RunConfig, stage: ResolvedStage) -> Case:
 
 
 def cases_of(config: RunConfig) -> list[Case]:
-    """Every stage of the run's timeline."""
-    timeline = Timeline(config.stages, config.model.rope, config.mesh)
-    return [case_of(config, stage) for stage in timeline.stages]
+    """Every stage of the run's timeline.
+
+    Raises:
+      UserError: what cannot work of stages and meshes, by key.
+    """
+    return [case_of(config, stage) for stage in lay_out(config).stages]
 
 
 def named(cases: list[Case], name: str | None) -> Case:

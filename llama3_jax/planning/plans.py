@@ -4,6 +4,7 @@ import typing
 from typing import Any, NamedTuple
 
 from llama3_jax.planning.case import Case
+from llama3_jax.planning.checkpointing import CheckpointBytes, checkpoint_bytes
 from llama3_jax.planning.compiler import Compiled, compile_case
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.cost import AttentionKernel, Cost, predict
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
     ranges: dict[str, tuple[Cost, Cost, Cost]]
     memory_limit: float
     power: float
+    checkpoint: CheckpointBytes
 
     @property
     def used(self) -> float:
@@ -70,7 +72,7 @@ def make_plan(
     ranges = {kernel: cost(kernel) for kernel in typing.get_args(AttentionKernel)}
     return Plan(
         case, forecast(case), ranges["triton"][1], compiled, found, ranges,
-        usable(case, constants.memory), constants.power,
+        usable(case, constants.memory), constants.power, checkpoint_bytes(case),
     )  # fmt: skip
 
 
@@ -95,6 +97,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "compile_seconds": compiled.seconds,
             "compile_process_bytes": compiled.process_bytes,
         },
+        "checkpoint": plan.checkpoint._asdict(),
         "collectives": [
             {
                 "kind": kind,

@@ -166,6 +166,11 @@ class Gates:
                 f"{first.first_step}): the file was lost or evaluation.tasks changed since; restore "
                 f"it, or go on from a checkpoint of that step"
             )
+        if missing := sorted(set(before) - set(after)):
+            raise UserError(
+                f"config.evaluation lacks {missing[0]}, which was measured before the first increase: "
+                "restore it, or the gate cannot compare"
+            )
         rows = recovered(before, after, stage.gate.epsilon)
         needles = [r for r in self.log.of("part", where["step"]) if "cells" in r]
         found, asked = (sum(r[key] for r in needles) for key in ("found", "asked"))

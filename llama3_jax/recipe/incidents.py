@@ -2,7 +2,8 @@
 
 The update of such a step is left out on the device already (see `training/health.py`); here the
 event is written down and a rewind is prepared: the checkpoints after the one to go back to are
-removed, then the event names the batches to leave out, and the run goes on as any resumed run does.
+moved aside, then the event names the batches to leave out, and the run goes on as any resumed run
+does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -80,17 +81,29 @@ class Incidents:
             )
 
     def rewind(self, checkpoints: Checkpoints) -> int:
-        """Carries out the rewind that is due; returns the step to go on from."""
+        """Carries out the rewind that is due; returns the step to go on from.
+
+        Raises:
+          UserError: no checkpoint is old enough; then nothing is changed.
+        """
         event, timeline = self.rewind_from, self._run.timeline
-        last = event["step"] - self._run.config.health.rewind_steps
-        target = checkpoints.remove_after(max(last, 0))
+        back = self._run.config.health.rewind_steps
+        try:
+            target, place = checkpoints.go_back(max(event["step"] - back, 0))
+        except UserError as error:
+            raise UserError(
+                f"{_sentence(event)}, but {error}: lower config.health.rewind_steps ({back}) or "
+                "keep more checkpoints (config.checkpoint.keep_last, keep_every)"
+            ) from None
+        if place:
+            logging.warning("later checkpoints were moved to %s", place)
         left_out: dict[int, list[int]] = {}
         for step in range(target, event["step"] + 1):
             index = timeline.stage_index(step)
             shape = self._run.batches.stages[index]
             number = shape.batch(step - timeline.stages[index].first_step)
             left_out.setdefault(index, []).append(number)
-        # The event comes after the removal: a crash in between repeats the spike, and then this.
+        # The event comes after the move: a crash in between repeats the spike, and then this.
         keys = {str(stage): numbers for stage, numbers in left_out.items()}
         self._events.add(event | {"rewound_to": target, "left_out": keys})
         processes.all_agree(True)
@@ -99,7 +112,8 @@ class Incidents:
     def _event(
         self, step: int, stage: int, loss: float, grad_norm: float, finding: Finding
     ) -> dict[str, Any]:
-        entries = self._run.batches.documents(step)
+        # Every document is read for its id: by the process that writes the event alone.
+        entries = self._run.batches.documents(step) if processes.is_first() else []
         first = self._run.timeline.stages[stage].first_step
         return {
             "kinds": list(finding.kinds),

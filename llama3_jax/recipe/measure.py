@@ -1,10 +1,14 @@
 """Evaluation inside a run: at token counts, at the end, and of the averaged model beside the last."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import needle_summary
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import Params
 from llama3_jax.parallel.mesh import Layout
+from llama3_jax.parallel.processes import of_first
 from llama3_jax.recipe.prepare import Run, needle_lengths
 from llama3_jax.recipe.timeline import average_steps
 from llama3_jax.training.averaging import RunningAverage
@@ -12,8 +16,19 @@ from llama3_jax.training.metrics import MetricsWriter
 from llama3_jax.training.progress import RunProgress
 
 
-def scorer(run: Run, model: ModelConfig, params: Params, layout: Layout) -> Scorer:
-    return Scorer(model, params, layout, run.config.evaluation.batch_tokens, run.config.xla)
+def scorer(
+    run: Run, model: ModelConfig, params: Params, layout: Layout, between: Callable[[], None]
+) -> Scorer:
+    tokens = run.config.evaluation.batch_tokens
+    return Scorer(model, params, layout, tokens, run.config.xla, between)
+
+
+def recorded(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """What has been measured after a step, by its records on process 0: "validation", and
+    "evaluation" with the model's name; the same on all processes."""
+    kinds = ("validation", "evaluation/last", "evaluation/averaged")
+    names = {f"{r['kind']}/{r['model']}" if "model" in r else r["kind"] for r in records}
+    return frozenset(kinds[n] for n in of_first([n for n, k in enumerate(kinds) if k in names]))
 
 
 def evaluation_due(run: Run, step: int) -> bool:

@@ -1,8 +1,10 @@
 """What a run tells of itself: a record of each step, held-out losses, samples."""
 
 import functools
+import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.validation import validation_batches
+from llama3_jax.data.workers import ahead
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.decoding import compute_params, generate
 from llama3_jax.model.flops import training_flops
@@ -34,9 +37,10 @@ class StepLog:
     """Turns the step's metrics into records, one step late so that the device never waits."""
 
     def __init__(
-        self, run: Run, metrics: MetricsWriter, progress: RunProgress, peak: float,
+        self, run: Run, metrics: MetricsWriter, progress: RunProgress, peak: float | None,
         incidents: Incidents,
     ):  # fmt: skip
+        """`peak` is the FLOP/s of all devices; without one there is no MFU."""
         self._run, self._metrics, self._progress, self._peak = run, metrics, progress, peak
         self._incidents = incidents
         self._pending: tuple[int, ResolvedStage, float, StepMetrics] | None = None
@@ -67,10 +71,9 @@ class StepLog:
         flops = training_flops(
             self._run.config.model, stage.batch_rows, stage.length, float(m.document_pairs)
         )
-        rates = {"tokens_per_second": 0.0, "mfu": dict.fromkeys(flops, 0.0)}
-        if seconds:  # the first step's time would be that of the compiler
-            mfu = {name: count / seconds / self._peak for name, count in flops.items()}
-            rates = {"tokens_per_second": stage.batch_tokens / seconds, "mfu": mfu}
+        per_second = 1 / seconds if seconds else 0.0  # the first step's would be the compiler's
+        mfu = {n: f * per_second / self._peak for n, f in flops.items()} if self._peak else {}
+        rates = {"tokens_per_second": stage.batch_tokens * per_second, "mfu": mfu}
         counts = zip(self._run.batches.sources, m.source_loss_sums, m.source_tokens, strict=True)
         record: dict[str, Any] = {
             "stage": stage.name,
@@ -107,9 +110,13 @@ def due(config: RunConfig, timeline: Timeline, step: int) -> bool:
 
 def validate(
     run: Run, model: ModelConfig, layout: Layout, stage: ResolvedStage, params: Params, step: int,
-    metrics: MetricsWriter, progress: RunProgress,
+    metrics: MetricsWriter, progress: RunProgress, between: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Loss of each source's held-out documents, in nats a token and bits a byte."""
+    """Loss of each source's held-out documents, in nats a token and bits a byte.
+
+    Batches are built in a thread, and the device computes one while the next is sent. `between` is
+    called before each; what it raises ends the validation, and nothing is recorded.
+    """
     config = run.config.validation
     function = compile_validation(model, layout, run.config.xla)
     length = config.length or stage.length
@@ -120,9 +127,14 @@ def validate(
     for name, corpus in run.validation.items():
         total, count = 0.0, 0
         batches = validation_batches(corpus, length, rows, config.tokens, host=host, hosts=hosts)
-        for batch in batches:
-            batch_total, batch_count = function(params, put_batch(batch, layout))
-            total, count = total + float(batch_total), count + int(batch_count)
+        under_way: list[tuple[jax.Array, jax.Array]] = []
+        for batch in itertools.chain(ahead(batches), [None]):
+            if batch is not None:
+                between()
+                under_way.append(function(params, put_batch(batch, layout)))
+            while len(under_way) > (0 if batch is None else 1):
+                batch_total, batch_count = under_way.pop(0)
+                total, count = total + float(batch_total), count + int(batch_count)
         losses[name] = total / count
         share = min(config.tokens, corpus.info.tokens) / corpus.info.tokens
         bits[name] = total / math.log(2) / (corpus.info.utf8_bytes * share)

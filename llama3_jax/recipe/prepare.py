@@ -9,8 +9,11 @@ from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.suite import Suite
+from llama3_jax.model.transformer import abstract_params, logical_axes
 from llama3_jax.parallel.context import imbalance
-from llama3_jax.parallel.sharding import check_batch
+from llama3_jax.parallel.mesh import MeshConfig
+from llama3_jax.parallel.sharding import check_batch, check_divisible
+from llama3_jax.parallel.stages import check_stages
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import check_gates, gate_lengths
 from llama3_jax.recipe.timeline import Timeline, Verdict
@@ -113,11 +116,16 @@ def _batches(
 
 
 def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
-    """Whether each stage's mesh divides its rows, and those of validation and evaluation.
+    """Whether each stage's mesh divides the model, its rows, and those of validation and evaluation.
 
     Raises:
       UserError: names the stage, the size and the mesh axis.
     """
+    if config.stages[0].mesh is not None and config.mesh != MeshConfig():
+        raise UserError(
+            "config.mesh: no stage uses it, for the first sets config.stages.0.mesh: set it there"
+        )
+    axes, arrays = logical_axes(config.model), abstract_params(config.model)
     for number, stage in enumerate(timeline.stages):
         shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
         if config.validation:
@@ -131,6 +139,11 @@ def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
                 check_batch(*shape, stage.mesh)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+        try:
+            check_divisible(axes, arrays, stage.mesh)
+            check_stages(config.model.layers, stage.mesh)
+        except UserError as error:
+            raise UserError(f"config.stages.{number}: {error}") from None
 
 
 def _evaluated_lengths(config: RunConfig, timeline: Timeline, number: int) -> set[int]:
@@ -153,8 +166,12 @@ def needle_lengths(config: RunConfig, timeline: Timeline) -> list[int]:
 
 def print_data(run: Run) -> None:
     """How often each source is read, and how even the work of context ranks is."""
-    for name, epochs in run.batches.epochs().items():
-        print(f"{name}: {run.batches.consumed[name]:,} tokens, {epochs:.2f} epochs")
+    batches = run.batches
+    for name, epochs in batches.epochs().items():
+        line = f"{name}: {batches.read[name]:,} tokens, {epochs:.2f} epochs"
+        if (left := batches.consumed[name] - batches.read[name]) > batches.read[name] // 20:
+            line += f"; {left:,} more are passed over where stages end within a window"
+        print(line)
     for line in context_balances(run):
         print(line)
 

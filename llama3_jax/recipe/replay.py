@@ -28,7 +28,10 @@ from llama3_jax.training.step import (
 
 
 def replay(run: Run, workdir: Path, number: int) -> str:
-    """The steps from a checkpoint to an event's, the same bit for bit; writes nothing.
+    """The steps from a checkpoint to an event's; writes nothing.
+
+    The same bit for bit on CPUs, and on GPUs where XLA is deterministic: without that, small
+    differences say nothing.
 
     Without a checkpoint that is old enough, from the run's first step.
 

@@ -32,9 +32,15 @@ def run_metadata(
     step: int,
     incidents: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metadata of the checkpoint after `step` steps; `incidents` is what `Incidents.state` says."""
+    """Metadata of the checkpoint after `step` steps; `incidents` is what `Incidents.state` says.
+
+    The model's RoPE is that of the stage which made the parameters.
+    """
     tokenizer = next(iter(corpora.values())).info.tokenizer
-    return model_metadata(config.model, tokenizer) | {
+    begun = [stage for stage in timeline.stages if stage.first_step < max(step, 1)]
+    model = config.model.model_copy(update={"rope": begun[-1].rope})
+    length = max(stage.length for stage in begun)
+    return model_metadata(model, tokenizer, length) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
         **(incidents or {}),
@@ -96,8 +102,8 @@ def start_state(
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to go on with a checkpoint of another run.
 
-    The model, the tokenizer, the data, the seed and the stages begun so far must be the same, or
-    the result would be that of no config at all. Stages not yet begun may be changed.
+    The model, the optimizer, the tokenizer, the data, the seed and the stages begun so far must be
+    the same, or the result would be that of no config at all. Stages not yet begun may be changed.
 
     Raises:
       UserError: names the key, its value in the checkpoint and its value now.
@@ -113,6 +119,8 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in now["model"].items():
         if key not in _FREE_MODEL_KEYS:
             compare(f"config.model.{key}", saved["model"].get(key), value)
+    for key, value in now["config"]["optimizer"].items():
+        compare(f"config.optimizer.{key}", saved["config"]["optimizer"].get(key), value)
     compare("the tokenizer", saved["tokenizer"], now["tokenizer"])
     compare("config.seed", saved["seed"], now["seed"])
     compare("config.data.packing", saved["packing"], now["packing"])

@@ -132,16 +132,18 @@ def step_plots(run: RunRecords) -> list[Plot]:
     cut = [r.cut_documents / r.documents if r.documents else np.nan for r in run.train]
     packing.noisy("utilisation", [r.utilisation for r in run.train])
     packing.noisy("documents cut", cut, COLOURS[1])
+    utilisation = mfu.plot(
+        "Model FLOP/s utilisation",
+        "Smoothed. By which attention pairs count: all (full), those not in the future "
+        "(causal), those inside one document (document).",
+    )
     return [
         norm.plot("Gradient norm", "Before clipping."),
         speed.plot(
             "Tokens per second", "A step's time holds compiling and saving where they fell."
         ),
-        mfu.plot(
-            "Model FLOP/s utilisation",
-            "Smoothed. By which attention pairs count: all (full), those not in the future "
-            "(causal), those inside one document (document).",
-        ),
+        # Of devices whose peak is unknown there is none.
+        *([utilisation] if run.train[0].mfu else []),
         packing.plot(
             "Packing", "Utilisation: share of a batch's positions that hold a token of a document."
         ),

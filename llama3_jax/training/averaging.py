@@ -50,8 +50,8 @@ def average_models(paths: Sequence[Path], weights: Sequence[float] | None) -> Lo
     """The mean of several models of one shape (checkpoints, runs, model folders).
 
     Raises:
-      UserError: fewer than two, weights that do not fit them, or models of different shapes or
-        tokenizers.
+      UserError: fewer than two, weights that do not fit them, or models of different shapes,
+        tokenizers or RoPE.
     """
     if len(paths) < 2:
         raise UserError("an average needs at least two models")
@@ -63,10 +63,11 @@ def average_models(paths: Sequence[Path], weights: Sequence[float] | None) -> Lo
     average, first = RunningAverage(weights), None
     for path in paths:
         loaded = load_model(path)
-        first = first or LoadedModel(loaded.config, {}, loaded.tokenizer)
+        first = first or loaded._replace(params={})
         for what, mine, other in (
             ("shape", _shape(loaded.config), _shape(first.config)),
             ("tokenizer", loaded.tokenizer, first.tokenizer),
+            ("RoPE", loaded.config.rope, first.config.rope),
         ):
             if mine != other:
                 raise UserError(f"{path} is of another {what} than {paths[0]}")

@@ -27,16 +27,23 @@ from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import Params, abstract_params
 from llama3_jax.parallel import processes
+from llama3_jax.training.damage import DamagedCheckpoint, brief, deepest, proof_of_damage
 
 CHECKPOINTS = "checkpoints"
+# Beside them: those that were proved damaged, and those that a rewind left behind.
+DAMAGED, REWOUND = "damaged_checkpoints", "rewound_checkpoints"
 
 
 class LoadedModel(NamedTuple):
-    """Weights with what is needed to use them; `tokenizer` is a fingerprint, if known."""
+    """Weights with what is needed to use them; `tokenizer` is a fingerprint, if known.
+
+    `length` is that of the longest rows that they were trained on, in tokens, if known.
+    """
 
     config: ModelConfig
     params: Params
     tokenizer: str | None
+    length: int | None = None
 
 
 class Restored(NamedTuple):
@@ -45,10 +52,6 @@ class Restored(NamedTuple):
     optimizer: Any
     metadata: dict[str, Any]
     average: Params | None = None
-
-
-class DamagedCheckpoint(Exception):
-    """The checkpoint cannot be trusted; the message says why."""
 
 
 @jax.jit
@@ -139,7 +142,8 @@ class Checkpoints:
         """The metadata of a checkpoint.
 
         Raises:
-          DamagedCheckpoint: it cannot be read.
+          DamagedCheckpoint: they are proved damaged.
+          UserError: they cannot be read for another reason.
         """
         return _metadata(self.directory / str(step))
 
@@ -147,7 +151,8 @@ class Checkpoints:
         """Reads one checkpoint onto the shardings of the abstract trees and verifies it.
 
         Raises:
-          DamagedCheckpoint: unreadable, or an array differs from what was saved.
+          DamagedCheckpoint: files are proved damaged, or an array differs from what was saved.
+          UserError: it cannot be read for another reason, or holds other arrays than asked for.
         """
         path = self.directory / str(step)
         abstract = {"params": abstract_params, "optimizer": abstract_optimizer}
@@ -161,31 +166,46 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
-        target = self.directory.with_name("damaged_checkpoints")
-        target.mkdir(exist_ok=True)
-        number = sum(1 for path in target.iterdir() if path.name.split("-")[0] == str(step))
-        target /= f"{step}-{number}"
-        # Nobody reads it any more, and nobody looks for its successor before it is moved.
-        processes.all_agree(True)
-        if processes.is_first():
-            shutil.move(self.directory / str(step), target)
-        processes.all_agree(True)
-        self._present.discard(step)
-        return target
+        return self._move([step], DAMAGED)
 
-    def remove_after(self, step: int) -> int:
-        """Removes all checkpoints after `step`; returns the newest that is left, 0 for none.
+    def go_back(self, step: int) -> tuple[int, Path | None]:
+        """Moves all checkpoints after `step` aside: they are those of a past to be forgotten.
 
-        They are those of a past that the run is to forget. All processes call it together.
+        All processes call it together.
+
+        Returns:
+          The newest checkpoint that is left (0 where there never was one), and where the others
+          are now.
+
+        Raises:
+          UserError: none would be left; then nothing is moved.
         """
         self.close()
         present = self.steps()
-        self._present = {s for s in present if s <= step}
-        if processes.is_first():
-            for removed in set(present) - self._present:
-                shutil.rmtree(self.directory / str(removed))
+        left = [s for s in present if s <= step]
+        if present and not left:
+            raise UserError(
+                f"{self.directory}: no checkpoint of step {step} or before, the oldest is of step "
+                f"{present[0]}"
+            )
+        # The newest first: after a crash in between, those that are left are still a run's past.
+        later = [s for s in reversed(present) if s > step]
+        place = self._move(later, REWOUND) if later else None
+        return max(left, default=0), place and place.parent
+
+    def _move(self, steps: list[int], folder: str) -> Path:
+        """Moves checkpoints to a folder beside theirs; returns the last one's place."""
+        target = self.directory.with_name(folder)
+        names = [f"{step}-{len(list(target.glob(f'{step}-*')))}" for step in steps]
+        # Nobody reads them any more, and nobody looks for their successors before they are moved.
         processes.all_agree(True)
-        return max(self._present, default=0)
+        for step, name in zip(steps, names, strict=True):
+            if processes.is_first():
+                target.mkdir(exist_ok=True)
+                shutil.move(self.directory / str(step), target / name)
+            self._present.discard(step)
+        processes.all_agree(True)
+        return target / names[-1]
 
 
 def _sealed(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -201,40 +221,75 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    metadata, damage = None, "metadata differ from what was saved"
+    metadata, error = {}, None
     try:
+        # Where it cannot be read, orbax says no more than that it is empty.
+        (path / "_CHECKPOINT_METADATA").read_bytes()
         metadata = ocp.checkpointables_metadata(path).custom_metadata
         if not metadata or metadata != _sealed(metadata):
-            metadata = None
-    except Exception as error:  # orbax raises many kinds for damaged files
-        damage = f"metadata cannot be read ({_brief(error)})"
-    if not processes.all_agree(bool(metadata)):
-        raise DamagedCheckpoint(damage)
+            raise DamagedCheckpoint("metadata differ from what was saved")
+    except Exception as raised:
+        error = raised
+    _agree(path, error)
     return metadata
 
 
 def _load(path: Path, abstract: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    _check_arrays(path, abstract, metadata)
     # Each process loads as if it were alone: what is damaged may be the shard of one only, and
     # orbax would let the others wait for it.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
-    )
-    trees, damage = {}, "another process found its part damaged"
+    alone = ocp.Context()
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
+    trees, error = {}, None
     try:
-        with ocp.Context(multiprocessing_options=alone):
+        for name in abstract:
+            (path / name).stat()  # orbax has other words where all of one is gone
+        with alone:
             trees = ocp.load_checkpointables(path, abstract)
-    except Exception as error:  # tensorstore, zstd and JSON errors have no common base
-        damage = _brief(error)
-    if not processes.all_agree(bool(trees)):
-        raise DamagedCheckpoint(damage)
+    except Exception as raised:  # orbax's, tensorstore's and JAX's errors have no common base
+        error = raised
+    _agree(path, error)
     for key, value in checksums(trees).items():
-        if metadata["checksums"].get(key) != value:
+        if metadata["checksums"][key] != value:
             raise DamagedCheckpoint(f"array {key} differs from what was saved")
     return trees
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _check_arrays(path: Path, abstract: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Refuses to read other arrays than there are: those of another optimizer, say."""
+    asked = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    wanted = tuple(f"['{name}']" for name in abstract)
+    there = {key for key in metadata["checksums"] if key.startswith(wanted)}
+    for found, keys in (("does not hold", asked - there), ("also holds", there - asked)):
+        if keys:
+            raise UserError(
+                f"{path}: {found} {min(keys)}: it was saved with another model or optimizer; "
+                "nothing was changed"
+            )
+
+
+_READ, _DAMAGED, _NOT_READ = range(3)
+
+
+def _agree(path: Path, error: Exception | None) -> None:
+    """Raises on all processes what is to be made of the errors that some of them met.
+
+    Raises:
+      DamagedCheckpoint: where one proves damage, and no process met anything else.
+      UserError: any other error: nothing is known of the files, which stay where they are.
+    """
+    proof = str(error) if isinstance(error, DamagedCheckpoint) else error and proof_of_damage(error)
+    mine = _READ if error is None else _DAMAGED if proof else _NOT_READ
+    worst = processes.largest(mine)
+    if worst == _DAMAGED:
+        raise DamagedCheckpoint(proof or "another process found its part damaged") from error
+    if worst == _NOT_READ:
+        why = brief(deepest(error)) if mine == _NOT_READ else "another process could not read it"
+        raise UserError(
+            f"{path}: cannot be read: {why}; this does not say that it is damaged, nothing was "
+            "changed"
+        ) from error
 
 
 def restore_newest(
@@ -245,31 +300,42 @@ def restore_newest(
     """The newest valid checkpoint, or None if there is none at all.
 
     `abstract(step)` gives shapes and shardings of parameters and optimizer state after `step`
-    steps. Damaged checkpoints are named in the log, moved to `damaged_checkpoints` and passed over.
+    steps. Checkpoints that are proved damaged are named in the log and passed over, and moved to
+    `damaged_checkpoints` once an older one has been found whole.
     `check(metadata)` may raise UserError for a checkpoint that is whole but of another run.
 
     Raises:
-      UserError: there are checkpoints, and every one is damaged.
+      UserError: there are checkpoints, and every one is damaged; or one cannot be read, which says
+        nothing about its files. Nothing is moved then.
     """
     steps = checkpoints.steps()
+    damaged: list[int] = []
     for step in reversed(steps):
         try:
             check(checkpoints.metadata(step))
-            return checkpoints.restore(step, *abstract(step))
+            restored = checkpoints.restore(step, *abstract(step))
         except DamagedCheckpoint as error:
-            place = checkpoints.set_aside(step)
-            logging.warning("checkpoint of step %d is damaged (%s): moved to %s, passed over",
-                            step, error, place)  # fmt: skip
+            damaged.append(step)
+            logging.warning("checkpoint of step %d is damaged (%s): passed over", step, error)
+            continue
+        for other in damaged:
+            place = checkpoints.set_aside(other)
+            logging.warning("checkpoint of step %d was moved to %s", other, place)
+        return restored
     if steps:
         raise UserError(
-            f"{checkpoints.directory}: all {len(steps)} checkpoints are damaged; "
-            "remove the workdir to start again from nothing"
+            f"{checkpoints.directory}: all {len(steps)} checkpoints are damaged, and stay where "
+            "they are; put whole copies in their place, or choose another --workdir"
         )
     return None
 
 
 def save_model(
-    directory: Path, config: ModelConfig, params: Params, tokenizer: str | None = None
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: str | None = None,
+    length: int | None = None,
 ) -> None:
     """Writes weights alone as a model directory.
 
@@ -283,7 +349,7 @@ def save_model(
         directory.rmdir()
     directory.parent.mkdir(parents=True, exist_ok=True)
     trees = {"params": params}
-    metadata = _sealed(model_metadata(config, tokenizer) | {"checksums": checksums(trees)})
+    metadata = _sealed(model_metadata(config, tokenizer, length) | {"checksums": checksums(trees)})
     ocp.save_checkpointables(directory, trees, custom_metadata=metadata)
 
 
@@ -294,7 +360,7 @@ def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = No
     first device.
 
     Raises:
-      UserError: nothing there, or it is damaged.
+      UserError: nothing there, it is damaged, or it cannot be read.
     """
     path = Path(path).absolute()
     if (path / CHECKPOINTS).is_dir():
@@ -312,7 +378,7 @@ def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = No
         params = _load(path, trees, metadata)["params"]
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: damaged checkpoint: {error}") from None
-    return LoadedModel(config, params, metadata.get("tokenizer"))
+    return LoadedModel(config, params, metadata.get("tokenizer"), metadata.get("length"))
 
 
 def _on_first_device(config: ModelConfig) -> Params:
@@ -322,8 +388,12 @@ def _on_first_device(config: ModelConfig) -> Params:
     )
 
 
-def model_metadata(config: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
-    return {"model": json.loads(config.model_dump_json()), "tokenizer": tokenizer}
+def model_metadata(
+    config: ModelConfig, tokenizer: str | None, length: int | None = None
+) -> dict[str, Any]:
+    """What a checkpoint or model folder says of its weights; `length` as in `LoadedModel`."""
+    values = json.loads(config.model_dump_json())
+    return {"model": values, "tokenizer": tokenizer, "length": length}
 
 
 def state_bytes(*trees: Any) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama3_jax.errors import UserError
+from llama3_jax.parallel.processes import is_first, of_first
 
 EVENTS_FILE = "events.jsonl"
 _IDENTITY = ("stage", "step", "batch", "kinds", "action")
@@ -19,17 +20,17 @@ class Events:
     """The events of a run so far; all processes hold the same, one of them writes."""
 
     def __init__(self, workdir: Path, writes: bool):
-        """Reads what is there; a last line that a crash cut off counts as never written.
+        """All processes see what the first one reads; a last line that a crash cut off counts as
+        never written.
 
         Raises:
           UserError: another line is damaged.
         """
         self._path, self._writes = workdir / EVENTS_FILE, writes
         self.events: list[dict[str, Any]] = []
-        if not self._path.exists():
-            return
+        text = self._path.read_bytes() if is_first() and self._path.exists() else b""
         whole = 0  # bytes
-        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True)):
+        for number, line in enumerate(bytes(of_first(text)).splitlines(keepends=True)):
             if not line.endswith(b"\n"):
                 break
             try:
@@ -37,7 +38,7 @@ class Events:
             except ValueError:
                 raise UserError(f"{self._path}: line {number + 1} is not JSON") from None
             whole += len(line)
-        if writes:
+        if writes and self._path.exists():
             os.truncate(self._path, whole)
 
     def add(self, event: dict[str, Any]) -> int:

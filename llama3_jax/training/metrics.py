@@ -6,15 +6,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from llama3_jax.files import read_json_lines, write_text
+from llama3_jax.errors import UserError
+from llama3_jax.files import read_json_lines
 from llama3_jax.training.sinks import Sink
 
+_BLOCK = 1 << 16  # bytes
 METRICS_FILE, GATES_FILE = "metrics.jsonl", "gates.jsonl"
 
 
@@ -22,12 +24,16 @@ class MetricsWriter:
     """Appends records; a resumed run first forgets those after the checkpoint it goes on from."""
 
     def __init__(self, workdir: Path, step: int, sinks: Sequence[Sink] = ()):
-        """Drops the records of steps after `step`, and a line cut off by a crash."""
+        """Drops the records of steps after `step`, and a line cut off by a crash.
+
+        Records are in the order of their steps: so the file is read from its end, and no more of it
+        than what goes. `of_step` are then those after exactly `step` steps.
+        """
         self._sinks = sinks
         self._path = workdir / METRICS_FILE
+        self.of_step: list[dict[str, Any]] = []
         if self._path.exists():
-            kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-            write_text(self._path, "".join(map(_line, kept)))
+            self.of_step = _cut_after(self._path, step)
         self._file = open(self._path, "a", encoding="utf-8")
         # In this thread: SummaryWriter's own dies of a full disk in silence, and its queue then blocks.
         (workdir / "tensorboard").mkdir(exist_ok=True)
@@ -63,6 +69,50 @@ class MetricsWriter:
             sink.close()
 
 
+def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Ends a file of records before the first one after `step`; returns those of `step` itself.
+
+    Raises:
+      UserError: a line that counts is not a record.
+    """
+    found: list[dict[str, Any]] = []
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        for start, line in _lines_from_end(file):
+            if not line.endswith(b"\n"):
+                end = start
+                continue
+            try:
+                record = json.loads(line)
+                at = record["step"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: byte {start}: not a record of metrics") from None
+            if at < step:
+                break
+            if at == step:
+                found.append(record)
+            else:
+                end = start
+        file.truncate(end)
+        os.fsync(file.fileno())
+    return found[::-1]
+
+
+def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with the places where they begin, the last one first, a block read at a time."""
+    at, rest = file.seek(0, os.SEEK_END), b""
+    while at > 0:
+        size = min(_BLOCK, at)
+        at = file.seek(at - size)
+        lines = (file.read(size) + rest).splitlines(keepends=True)
+        place = at + sum(map(len, lines))
+        first = 1 if at else 0  # what may begin in the block before
+        for line in reversed(lines[first:]):
+            place -= len(line)
+            yield place, line
+        rest = lines[0] if first else b""
+
+
 def _scalars(values: dict[str, Any], kind: str) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
         within = value if isinstance(value, dict) else {"": value}
@@ -73,6 +123,8 @@ def _scalars(values: dict[str, Any], kind: str) -> Iterator[tuple[str, float]]:
 
 class NoMetrics:
     """Stands for a MetricsWriter on the processes that do not write."""
+
+    of_step: tuple[dict[str, Any], ...] = ()
 
     def write(self, kind: str, step: int, tokens: int, values: dict[str, Any]) -> None:
         pass

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class RunProgress:
-    """Shows stage, loss, tokens, tokens/s, MFU and the time left; nothing where `quiet`."""
+    """Shows stage, loss, tokens, tokens/s, MFU (where known) and the time left; nothing where `quiet`."""
 
     def __init__(self, total_tokens: int, tokens: int, log_every: int, quiet: bool = False):
         self._total, self._log_every = total_tokens, log_every
@@ -30,9 +30,10 @@ class RunProgress:
     def step(self, record: dict[str, Any], last: bool) -> None:
         """Shows a train record of metrics.jsonl."""
         left = self._time_left(record["tokens"])
+        mfu = f"MFU {record['mfu']['document']:.0%}  " if record["mfu"] else ""
         text = (
             f"loss {record['loss']:.4f}  {_count(record['tokens'])}/{_count(self._total)} tokens  "
-            f"{record['tokens_per_second']:,.0f}/s  MFU {record['mfu']['document']:.0%}  left {left}"
+            f"{record['tokens_per_second']:,.0f}/s  {mfu}left {left}"
         )
         stage = record["stage"]
         self._progress.update(self._task, completed=record["tokens"], description=stage, text=text)

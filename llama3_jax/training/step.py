@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from llama3_jax.model import transformer
@@ -15,7 +15,8 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.transformer import Params, logical_axes
 from llama3_jax.parallel import sharding
 from llama3_jax.parallel.mesh import Layout
-from llama3_jax.parallel.stages import Stages, from_stages, make_stages, to_stages
+from llama3_jax.parallel.saved import compile_from_stages, compile_to_stages, saved_sharding
+from llama3_jax.parallel.stages import make_stages, to_stages
 from llama3_jax.training.gradients import Batch, make_gradients, make_loss
 from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from llama3_jax.xla import DEFAULT, XlaConfig
@@ -156,14 +157,6 @@ def abstract_state(config: ModelConfig, optimizer: OptimizerConfig, layout: Layo
     )
 
 
-def _on_blocks(tree: Any, function) -> Any:
-    """`function` on the stacked arrays of the blocks, wherever in the tree they are."""
-
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: function(x) if _is_stacked(path) else x, tree
-    )
-
-
 def _is_stacked(path) -> bool:
     return any(getattr(key, "key", None) == "blocks" for key in path)
 
@@ -173,29 +166,27 @@ def arrange(tree: Any, config: ModelConfig, layout: Layout) -> Any:
     if layout.config.pipe == 1:
         return tree
     stages = make_stages(config.layers, layout.config)
-    return _on_blocks(tree, lambda x: to_stages(x, stages))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: to_stages(x, stages) if _is_stacked(path) else x, tree
+    )
 
 
 def to_canonical(tree: Any, config: ModelConfig, layout: Layout) -> Any:
-    """Parameters or a state with blocks stacked in the network's order: what checkpoints hold."""
+    """Parameters or a state with blocks stacked in the network's order: what checkpoints hold.
+
+    Each pipeline rank holds its part of every array (see parallel/saved.py), and none the whole.
+    """
     if layout.config.pipe == 1:
         return tree
     stages = make_stages(config.layers, layout.config)
 
-    def convert(x: jax.Array) -> jax.Array:
-        return _compile_from_stages(stages, _without_pipe(x.sharding))(x)
+    def convert(path, x: jax.Array) -> jax.Array:
+        if _is_stacked(path):
+            shape = (config.layers, *x.shape[1:])
+            return compile_from_stages(stages, shape, x.sharding)(x)
+        return jax.device_put(x, saved_sharding(x.sharding, x.shape, stacked=False))
 
-    return _on_blocks(tree, convert)
-
-
-@functools.cache
-def _compile_from_stages(stages: Stages, to: NamedSharding):
-    return jax.jit(lambda x: from_stages(x, stages), out_shardings=to)
-
-
-@functools.cache
-def _compile_to_stages(stages: Stages, to: NamedSharding):
-    return jax.jit(lambda x: to_stages(x, stages), out_shardings=to)
+    return jax.tree_util.tree_map_with_path(convert, tree)
 
 
 def from_canonical(
@@ -220,7 +211,8 @@ def _laid_out(tree: Any, shardings: Any, config: ModelConfig, layout: Layout) ->
     def convert(path, x: jax.Array, to: NamedSharding) -> jax.Array:
         if not _is_stacked(path):
             return jax.device_put(x, to)
-        return _compile_to_stages(stages, to)(jax.device_put(x, _without_pipe(to)))
+        x = jax.device_put(x, saved_sharding(to, x.shape, stacked=True))
+        return compile_to_stages(stages, x.shape, to)(x)
 
     return jax.tree_util.tree_map_with_path(convert, tree, shardings)
 
@@ -231,15 +223,14 @@ def abstract_canonical(
     """As `abstract_state`, of the state in the network's order: what to restore."""
     params = transformer.abstract_params(config)
     shapes = TrainState(params, jax.eval_shape(make_optimizer(optimizer).init, params))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_without_pipe(s)),
-        shapes,
-        state_shardings(config, optimizer, layout),
+
+    def place(path, x, s: NamedSharding) -> jax.ShapeDtypeStruct:
+        to = saved_sharding(s, x.shape, _is_stacked(path)) if layout.config.pipe > 1 else s
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
+
+    return jax.tree_util.tree_map_with_path(
+        place, shapes, state_shardings(config, optimizer, layout)
     )
-
-
-def _without_pipe(s: NamedSharding) -> NamedSharding:
-    return NamedSharding(s.mesh, PartitionSpec(*(None if a == "pipe" else a for a in s.spec)))
 
 
 # ---------------------------------------------------------------------- compiled functions

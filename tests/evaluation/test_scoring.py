@@ -101,3 +101,29 @@ def test_an_empty_context_is_refused(params):
     layout = make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(UserError, match="request 0"):
         Scorer(MODEL, params, layout, 128).score([Request(np.array([]), np.array([1]))], LENGTH)
+
+
+def test_rows_that_the_memory_does_not_hold_are_refused_before_any_is_made(params, monkeypatch):
+    layout = make_mesh(MeshConfig(), jax.devices()[:1])
+    scorer = Scorer(MODEL, params, layout, 1)
+    scorer.check_memory(LENGTH)
+    # 4 heads x 4,194,304 x 4,194,304 scores in float32 are 256 TiB.
+    with pytest.raises(
+        UserError, match="length 4,194,304: 1 row.* of it take .* GiB of a device wi"
+    ):
+        scorer.check_memory(1 << 22)
+
+
+def test_what_is_called_between_batches_may_end_the_scoring(params):
+    layout = make_mesh(MeshConfig(), jax.devices()[:1])
+    calls = []
+
+    def between():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    requests = [Request(np.array([1, 2]), np.full(LENGTH - 2, 3)) for _ in range(5)]
+    with pytest.raises(KeyboardInterrupt):
+        Scorer(MODEL, params, layout, LENGTH, between).score(requests, LENGTH)
+    assert len(calls) == 3

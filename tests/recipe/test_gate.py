@@ -16,7 +16,8 @@ from llama3_jax.evaluation.metrics import Metric
 from llama3_jax.evaluation.needle import Cell
 from llama3_jax.evaluation.suite import NeedleResult
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.prepare import prepare
+from llama3_jax.recipe.gate import GateLog, Gates
+from llama3_jax.recipe.prepare import lay_out, prepare
 from llama3_jax.recipe.timeline import Timeline, Verdict, average_steps
 from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import load_model
@@ -205,3 +206,16 @@ def test_gates_that_cannot_work_are_refused_by_key(corpora, change, message):
     change(changed)
     with pytest.raises(UserError, match=message):
         prepare(parse(RunConfig, changed))
+
+
+def test_a_metric_that_is_no_longer_measured_is_named(corpora, tmp_path):
+    """Of a task that was there before the first increase."""
+    config = parse(RunConfig, values(corpora))
+    timeline, log = lay_out(config), GateLog(tmp_path)
+    number = next(n for n, stage in enumerate(timeline.stages) if stage.gate)
+    metric = Metric((1.0,), (1.0,), True).as_json()
+    first, end = timeline.stages[number].first_step, timeline.stages[number].end_step
+    log.add({"kind": "baseline", "step": first, "part": "task:x", "metrics": {"x/acc": metric}})
+    log.add({"kind": "part", "step": end, "part": "held_out:a", "metrics": {}})
+    with pytest.raises(UserError, match="config.evaluation lacks x/acc, which was measured before"):
+        Gates(log, None, print)._verdict(timeline, number, {"step": end, "tokens": 1}, [32])

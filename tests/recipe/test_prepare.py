@@ -60,3 +60,43 @@ def test_a_mesh_that_does_not_divide_the_rows_is_refused_before_anything_is_comp
     message = "config.validation on the mesh of stage 1: length 36 is not divisible by 8"
     with pytest.raises(UserError, match=message):
         prepare(config(corpora, validation, context=4))
+
+
+def test_the_tokens_of_a_source_are_those_of_its_rows(corpora, capsys):
+    run = prepare(config(corpora))
+    print_data(run)
+    printed = dict(re.findall(r"^(\w+): ([\d,]+) tokens", capsys.readouterr().out, re.MULTILINE))
+    counted = {name: int(text.replace(",", "")) for name, text in printed.items()}
+    rows = [
+        run.batches.rows(n, 0, s.steps * s.batch_rows) for n, s in enumerate(run.timeline.stages)
+    ]
+    for number, name in enumerate(run.batches.sources):
+        real = sum(int((r["segment_ids"][r["source"] == number] > 0).sum()) for r in rows)
+        # Rows are filled to an average over their window.
+        assert counted[name] == pytest.approx(real, rel=0.05)
+    assert sum(counted.values()) <= run.timeline.tokens < sum(run.batches.consumed.values())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (dict(tensor=4), "config.stages.1: mesh.tensor=4 does not divide the model's"),
+        (
+            dict(tensor=2),
+            "mesh.tensor=2 does not divide the model's kv_heads .1.; mesh.kv_heads='rep",
+        ),
+        (dict(pipe=2), "config.stages.1: mesh.pipe=2 is too many for 1 layers"),
+        (dict(pipe=2, virtual_stages=2), "mesh.pipe=2 x mesh.virtual_stages=2 is too many for 1"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused_by_name(corpora, mesh, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config(corpora, **mesh))
+
+
+def test_a_mesh_that_no_stage_uses_is_refused(corpora):
+    values = config(corpora).model_dump()
+    values["stages"][0]["mesh"] = dict(data=1)
+    prepare(parse(RunConfig, values))
+    with pytest.raises(UserError, match="config.mesh: no stage uses it, for the first sets config"):
+        prepare(parse(RunConfig, values | {"mesh": dict(tensor=2)}))

@@ -2,6 +2,7 @@ import pytest
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
+from llama3_jax.model.config import ModelConfig
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.resume import check_same_run, run_metadata
 from llama3_jax.recipe.timeline import Timeline
@@ -41,6 +42,14 @@ def test_the_batches_that_were_left_out_must_be_known(metadata):
             check_same_run(saved, metadata(3) | {"left_out": left_out})
 
 
+def test_a_checkpoint_records_the_rope_and_the_length_of_the_stage_that_made_it(metadata):
+    stages = changed(1, rope=dict(theta=8e6))
+    for step, theta, length in ((0, 5e5, 10), (4, 5e5, 10), (5, 8e6, 20), (8, 8e6, 20)):
+        saved = metadata(step, stages=stages)
+        assert ModelConfig.model_validate(saved["model"]).rope.theta == theta, step
+        assert saved["length"] == length
+
+
 def changed(number: int, **changes) -> list[dict]:
     return [s | changes if i == number else s for i, s in enumerate(STAGES)]
 
@@ -71,6 +80,7 @@ def test_what_is_yet_to_come_may_change(metadata, changes):
         ({"stages": STAGES[:1]}, "lies in stage 1 .two., which is gone"),
         ({"stages": changed(0, lr=dict(shape="constant", peak=2e-3))}, "learning rate of step 0"),
         ({"model": {"dim": 16}}, "config.model.dim is 16"),
+        ({"optimizer": {"b2": 0.99}}, "config.optimizer.b2 is 0.99, but .* was made with 0.95"),
         ({"seed": 3}, "config.seed is 3, but the checkpoint of step 6 was made with 0"),
     ],
     ids=str,

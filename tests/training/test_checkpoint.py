@@ -1,3 +1,4 @@
+import errno
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,17 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
+from llama3_jax.parallel.saved import compile_from_stages, compile_to_stages
+from llama3_jax.parallel.stages import make_stages
+from llama3_jax.planning.case import Case
+from llama3_jax.planning.checkpointing import checkpoint_bytes
 from llama3_jax.training import checkpoint
 from llama3_jax.training.checkpoint import Checkpoints, load_model, restore_newest, save_model
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import (
     TrainState,
     abstract_canonical,
+    abstract_state,
     from_canonical,
     init_state,
     to_canonical,
@@ -95,6 +101,41 @@ def test_a_state_laid_out_for_a_mesh_is_saved_as_if_there_were_none(tmp_path, na
     assert checkpoint.checksums(again) == checkpoint.checksums(canonical)
 
 
+@pytest.mark.parametrize("name", ["uneven-pipe", "interleaved"])
+def test_no_pipeline_rank_holds_or_reads_the_whole_of_a_checkpoint(name):
+    layout = make_mesh(MESHES[name])
+    state = to_canonical(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout)
+    abstract = abstract_canonical(MODEL, OPTIMIZER, layout)
+    for x, a in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding.is_equivalent_to(a.sharding, x.ndim)
+        assert x.ndim == 0 or "pipe" in str(x.sharding.spec)
+    total = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim > 2)
+    held = sum(s.data.nbytes for x in jax.tree.leaves(state) if x.ndim > 2
+               for s in x.addressable_shards)  # fmt: skip
+    assert held == total  # no matrix is there twice
+    case = Case("one", MODEL, OPTIMIZER, MESHES[name], 8, 32, 1, 1)
+    read = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+    planned = checkpoint_bytes(case)
+    assert (planned.size, planned.read) == (checkpoint.state_bytes(state), read)
+    assert planned.held == read // 8
+
+
+def test_layers_go_to_their_place_in_a_checkpoint_by_one_exchange():
+    """No rank gathers an array on the way, however layers lie over the stages."""
+    layout = make_mesh(MESHES["uneven-pipe"])
+    stages = make_stages(MODEL.layers, layout.config)
+    there, back = (
+        abstract(MODEL, OPTIMIZER, layout).params["blocks"]["ffn"]["up"]
+        for abstract in (abstract_state, abstract_canonical)
+    )
+    for compiled, x in (
+        (compile_from_stages(stages, back.shape, there.sharding), there),
+        (compile_to_stages(stages, back.shape, there.sharding), back),
+    ):
+        text = compiled.lower(x).compile().as_text()
+        assert "all-to-all" in text and "all-gather" not in text and "all-reduce" not in text
+
+
 def largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
@@ -160,8 +201,9 @@ def test_one_flipped_bit_always_changes_the_checksum():
 def test_when_all_are_damaged_the_run_stops(saved):
     for step in (1, 2, 3):
         truncate(saved / f"checkpoints/{step}")
-    with pytest.raises(UserError, match="all 3 checkpoints are damaged"):
-        restore(saved)
+    assert_stops_and_touches_nothing(
+        saved, "all 3 checkpoints are damaged, and stay where they are"
+    )
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path):
@@ -227,3 +269,111 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
             assert restored.metadata.items() >= health.items(), f"{path} byte {at} bit {bit}"
         path.write_bytes(content)
     assert found
+
+
+def out_of_memory(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+
+def storage_error(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def tensorstore_error(*_, **__):
+    raise ValueError(
+        'UNKNOWN: Error reading local file "d/1": [OS error 5: EIO Input/output error]'
+    )
+
+
+def files(workdir: Path) -> set[Path]:
+    return {path for path in workdir.rglob("*") if path.is_file()}
+
+
+def assert_stops_and_touches_nothing(workdir: Path, message: str, restore=restore):
+    before = files(workdir)
+    with pytest.raises(UserError, match=message) as caught:
+        restore(workdir)
+    assert "\n" not in str(caught.value)
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (out_of_memory, "checkpoints/3: cannot be read: .*Out of memory"),
+        (storage_error, "checkpoints/3: cannot be read: .*Input/output error"),
+        (tensorstore_error, "checkpoints/3: cannot be read: .*EIO"),
+    ],
+)
+@pytest.mark.parametrize("where", ["load_checkpointables", "checkpointables_metadata"])
+def test_what_does_not_prove_damage_stops_and_touches_nothing(
+    saved, monkeypatch, fail, message, where
+):
+    monkeypatch.setattr(checkpoint.ocp, where, fail)
+    assert_stops_and_touches_nothing(saved, message)
+    if where == "load_checkpointables":
+        assert_stops_and_touches_nothing(saved, message, load_model)
+
+
+def test_metadata_that_the_storage_does_not_give_are_not_damaged(saved, monkeypatch):
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        return storage_error() if path.name == "_CHECKPOINT_METADATA" else read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert_stops_and_touches_nothing(saved, "checkpoints/3: cannot be read: .*Input/output error")
+
+
+def test_a_smaller_mesh_restores_and_one_that_does_not_fit_touches_nothing(saved):
+    layout = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+
+    def on(abstract):
+        def restore(workdir: Path):
+            checkpoints = Checkpoints(workdir / "checkpoints", keep_last=3, keep_every=None)
+            return restore_newest(checkpoints, lambda _: abstract, lambda _: None)
+
+        return restore
+
+    abstract = abstract_canonical(MODEL, OPTIMIZER, layout)
+    assert_state(on(abstract)(saved), 3)
+    # As of a model that is narrower than the one that was saved.
+    narrow = MODEL.model_copy(update={"dim": 16})
+    other = abstract_canonical(narrow, OPTIMIZER, layout)
+    assert_stops_and_touches_nothing(saved, "checkpoints/3: cannot be read", on(other))
+
+
+def test_another_optimizer_is_named_and_touches_nothing(saved):
+    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(MESH))
+    checkpoints = Checkpoints(saved / "checkpoints", keep_last=3, keep_every=None)
+    for optimizer, message in (
+        ((abstract.optimizer, abstract.params), "does not hold .'optimizer'..0..1..count"),
+        (abstract.optimizer[:1], "also holds .'optimizer'..1..count"),
+    ):
+        other = (abstract.params, optimizer)
+        assert_stops_and_touches_nothing(
+            saved,
+            message,
+            lambda _, other=other: restore_newest(checkpoints, lambda _: other, lambda _: None),
+        )
+
+
+def test_going_back_moves_checkpoints_aside_and_never_takes_the_last_one(saved):
+    checkpoints = Checkpoints(saved / "checkpoints", keep_last=3, keep_every=None)
+    whole = files(saved / "checkpoints/3")
+    assert checkpoints.go_back(2) == (2, saved / "rewound_checkpoints")
+    assert checkpoints.steps() == [1, 2]
+    assert len(files(saved / "rewound_checkpoints/3-0")) == len(whole)
+    with pytest.raises(UserError, match="no checkpoint of step 0 or before, the oldest is of st"):
+        checkpoints.go_back(0)
+    assert checkpoints.steps() == [1, 2]
+    state = state_of(5)
+    checkpoints.save(3, state.params, state.optimizer, {"step": 3})
+    assert checkpoints.go_back(2)[0] == 2
+    assert sorted(p.name for p in (saved / "rewound_checkpoints").iterdir()) == ["3-0", "3-1"]
+    assert restore(saved).step == 2
+
+
+def test_going_back_before_the_first_checkpoint_is_the_start(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=3, keep_every=None)
+    assert checkpoints.go_back(5) == (0, None)

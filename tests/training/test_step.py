@@ -21,6 +21,7 @@ from llama3_jax.training.step import (
     compile_validation,
     init_state,
     state_shardings,
+    to_canonical,
 )
 
 MODEL = ModelConfig(
@@ -142,6 +143,25 @@ def test_parameters_and_moments_are_sharded_over_data():
     assert len(matrices) == 3 * 9
     for array in matrices:
         assert array.addressable_shards[0].data.size * 8 == array.size
+
+
+def test_chunks_and_tensor_ranks_begin_with_values_of_their_own():
+    """Those of one device: no two layers alike, nor two ranks' parts of a layer."""
+    model = MODEL.model_copy(update={"layers": 4})
+    layout = make_mesh(MeshConfig(data=2, pipe=2, tensor=2, virtual_stages=2))
+    state = init_state(model, OPTIMIZER, layout, 7)
+    alone = jax.device_get(jax.jit(lambda: init_params(model, 7))())
+    on_mesh = jax.device_get(to_canonical(state.params, model, layout))
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, alone)
+    for name, weight in jax.tree_util.tree_leaves_with_path(state.params):
+        if "scale" in jax.tree_util.keystr(name):
+            continue
+        # Each shard, layer by layer where it holds several; the same index is held by replicas.
+        shards = {str(s.index): np.asarray(s.data) for s in weight.addressable_shards}
+        stacked = "blocks" in jax.tree_util.keystr(name)
+        parts = [part for data in shards.values() for part in (data if stacked else [data])]
+        assert len(parts) == (16 if stacked else 4)
+        assert len({part.tobytes() for part in parts}) == len(parts)
 
 
 def test_the_update_is_adamw_with_decay_on_matrices_only():
