@@ -68,13 +68,13 @@ def problems(random: np.random.Generator) -> Iterator[Problem]:
 def masks(random: np.random.Generator) -> Iterator[tuple[str, list[int], int]]:
     """Document lengths (negative: padding), and over how many context ranks the row lies."""
     most = 150 if gpu.rehearsing() else 1500
-    length = int(random.integers(most // 16, most // 8)) * 8
+    length = int(random.integers(most // 2, most))
     yield "one document", [length], 1
     yield "documents", gpu.document_lengths(length, most // 8, random), 1
     half = length // 2
     yield "one-token documents and padding", [1] * 9 + [9 - half, length - half], 1
     yield "padding alone", [-length], 1
-    yield "a context rank's queries", gpu.document_lengths(length, most // 4, random), 4
+    yield "a context rank's queries", gpu.document_lengths(length // 8 * 8, most // 4, random), 4
 
 
 def attention_problem(random, name, dtype, heads, documents, context) -> Problem:
@@ -122,14 +122,14 @@ def packed_problem(random, heads) -> Problem:
     data = *found.data, np.asarray(documents, np.int32)
     return found._replace(
         compute=packed_or_plain, data=data, implementation=PACKED,
-        exact=lambda q, k, v, positions, segments, rows, _: exact_attention(q, k, v, positions, segments, rows),
+        exact=lambda *arguments: exact_attention(*arguments[:-1]),
     )  # fmt: skip
 
 
-def packed_or_plain(implementation, q, k, v, positions, segments, rows, documents):
+def packed_or_plain(implementation, *arguments):
     if implementation == PACKED:
-        return cudnn_packed(q, k, v, documents)
-    return attention_of_all(implementation, q, k, v, positions, segments, rows)
+        return cudnn_packed(*arguments[:3], arguments[-1])
+    return attention_of_all(implementation, *arguments[:-1])
 
 
 def loss_problem(random, share: float, dtype: str) -> Problem:

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import datetime
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -199,6 +200,13 @@ def torch_compile(function: Callable, *kind: Any) -> Callable:
 
     expect("torch's compilations", TORCH_COMPILE)
     return function if _rehearsing else torch.compile(function, dynamic=False)
+
+
+def release_torch_memory() -> None:
+    """Gives the device what torch keeps of it for later."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def in_torch(name: str, start: Callable[[], Any], results=None) -> Implementation:

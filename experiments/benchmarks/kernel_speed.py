@@ -159,9 +159,11 @@ def measure_all(console: Console) -> None:
     for case, what in ((x, what) for part in FLAGS.only for x in CASES[part]() for what in x.whats):
         try:
             written = measure(case, what, found, console)
-        except UserError as error:  # the other cases are measured all the same
-            wrong.append(f"{case.name}, {what}: {error}")
+        except (UserError, RuntimeError) as error:  # of JAX and torch, such as no memory
+            # The other cases are measured all the same.
+            wrong.append(f"{case.name}, {what}: {str(error)[:300]}")
             console.print(wrong[-1])
+        gpu.release_torch_memory()
     print(f"written: {written}")
     if wrong:
         raise UserError("; ".join(wrong))
