@@ -65,6 +65,7 @@ class AttentionCase(NamedTuple):
             _in_jax("ours", what, _ours, arrays, places, make_spans(places, places)),
             _in_jax("XLA", what, _xla, arrays, places),
         ]
+        gpu.expect("cuDNN's graphs", (2 if what == BOTH else 1) * gpu.CUDNN)
         if not gpu.rehearsing():
             lengths = jnp.asarray(self.documents, jnp.int32)
             one = len(self.documents) == 1
@@ -184,6 +185,7 @@ def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Implementation]:
     sdpa = functools.partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     several = len(case.documents) > 1
     found = [implementation("torch SDPA, causal only" if several else "torch SDPA", sdpa, several)]
+    gpu.torch_compile(flex_attention, what)
     if what == FORWARD or not gpu.rehearsing():
         found.append(implementation("torch FlexAttention", flex, False))
     return found
