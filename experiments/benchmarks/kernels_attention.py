@@ -1,4 +1,4 @@
-"""Contenders of the attention benchmark: ours, XLA, cuDNN through JAX, torch (see kernels.py).
+"""Implementations of attention to be compared: ours, XLA, cuDNN through JAX, torch (see kernel_speed.py).
 
 All get the same arrays. What of a mask does not change from layer to layer (our spans, torch's block
 mask) is made once, as a step makes it. A rehearsal leaves out what torch and JAX have for GPUs alone:
@@ -16,72 +16,79 @@ from experiments.benchmarks import gpu
 from experiments.benchmarks.gpu import BOTH, FORWARD
 from llama3_jax.kernels.attention import Places, attention, make_spans
 
-# Beyond these lengths a contender's scores or mask do not fit, or take minutes.
-_LONGEST = {"XLA": 8192, "chunked": 32_768, "cuDNN, dense mask": 8192}
-
-
-class Sizes(NamedTuple):
-    """The heads of the 8B model, and rows as in pre-training and its long-context stages."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    mean_document: int = 1536
-    lengths: tuple[int, ...] = (8192, 32_768, 131_072, 2048)  # what matters most first
-
-
-_TOY = Sizes(4, 2, 64, 40, (150,))
-
-
-def sizes() -> Sizes:
-    return _TOY if gpu.rehearsing() else Sizes()
+MEAN_DOCUMENT = 1536
+# Rows as in pre-training and its long-context stages; what matters most first.
+LENGTHS = (8192, 32_768, 131_072, 2048)
+# Beyond this length XLA's scores do not fit.
+_LONGEST = {"XLA": 8192}
 
 
 class AttentionCase(NamedTuple):
-    length: int
+    """A row of documents at the heads of the 8B model."""
+
     documents: tuple[int, ...]
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    part, whats, unit = "attention", (BOTH, FORWARD), gpu.FLOPS
+
+    @property
+    def length(self) -> int:
+        return sum(self.documents)
 
     @property
     def name(self) -> str:
         mix = "1 document" if len(self.documents) == 1 else f"{len(self.documents)} documents"
         return f"{self.length:,} tokens, {mix}"
 
-    def flops(self, what: str) -> float:
-        forward = 4.0 * sizes().head_dim * sizes().heads * gpu.pairs_of(self.documents)
+    def work(self, what: str) -> float:
+        forward = 4.0 * self.head_dim * self.heads * gpu.pairs_of(self.documents)
         return forward * (3.5 if what == BOTH else 1)
 
     def places(self) -> Places:
         return gpu.places_of(self.documents)
 
+    def toy(self) -> "AttentionCase":
+        return AttentionCase((100,) if len(self.documents) == 1 else (40, 1, 59), 2, 1, 64)
+
+    def implementations(self, what: str) -> list[gpu.Implementation]:
+        """Ours first; the others where they can run."""
+        places = self.places()
+        keys = jax.random.split(jax.random.key(0), 4)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        arrays = [
+            jax.random.normal(key, (1, self.length, n, self.head_dim), jnp.bfloat16)
+            for key, n in zip(keys, heads, strict=True)
+        ]
+        all_ = [
+            _in_jax("ours", what, _ours, arrays, places, make_spans(places, places)),
+            _in_jax("XLA", what, _xla, arrays, places),
+        ]
+        gpu.expect("cuDNN's graphs", (2 if what == BOTH else 1) * gpu.CUDNN)
+        if not gpu.rehearsing():
+            lengths = jnp.asarray(self.documents, jnp.int32)
+            one = len(self.documents) == 1
+            all_.append(
+                _in_jax("cuDNN", what, _cudnn_causal, arrays)
+                if one
+                else _in_jax("cuDNN, packed", what, cudnn_packed, arrays, lengths)
+            )
+        if gpu.has_torch():
+            all_ += _torch(self, what, arrays)
+        return [x for x in all_ if self.length <= _LONGEST.get(x.name, self.length)]
+
 
 def attention_cases(lengths: list[int] | None = None) -> list[AttentionCase]:
     """Rows of one document, and of documents of 1.5K tokens on average."""
     cases = []
-    for length in lengths or sizes().lengths:
-        random = np.random.default_rng(length)
-        mixed = gpu.document_lengths(length, sizes().mean_document, random)
-        cases += [AttentionCase(length, (length,)), AttentionCase(length, tuple(mixed))]
+    for length in lengths or LENGTHS:
+        mixed = gpu.document_lengths(length, MEAN_DOCUMENT, np.random.default_rng(length))
+        cases += [AttentionCase((length,)), AttentionCase(tuple(mixed))]
     return cases
 
 
-def attention_contenders(case: AttentionCase, what: str) -> list[gpu.Contender]:
-    """Ours first; the others where they can run."""
-    shape, places = sizes(), case.places()
-    keys = jax.random.split(jax.random.key(0), 4)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-    arrays = [
-        jax.random.normal(key, (1, case.length, n, shape.head_dim), jnp.bfloat16)
-        for key, n in zip(keys, heads, strict=True)
-    ]
-    all_ = [_ours(case, what, arrays, places), *_in_jax(case, what, arrays, places)]
-    if not gpu.rehearsing():
-        all_ += _cudnn(case, what, arrays, places)
-    if gpu.has_torch():
-        all_ += _torch(case, what, arrays)
-    return [c for c in all_ if case.length <= _LONGEST.get(c.name, case.length)]
-
-
-def _contender(name: str, what: str, compute, arrays, *mask, results=jax.tree.leaves):
+def _in_jax(name: str, what: str, compute, arrays, *mask) -> gpu.Implementation:
     """`compute(q, k, v, *mask)`, with the gradients of q, k and v where `what` is both ways."""
 
     def run(q, k, v, g, *mask):
@@ -91,65 +98,48 @@ def _contender(name: str, what: str, compute, arrays, *mask, results=jax.tree.le
         return out, pullback(g)
 
     def compared(result: Any) -> list:
-        return [gpu.sampled(x) for x in results(result)]
+        return [gpu.sampled(x) for x in jax.tree.leaves(result)]
 
-    start = functools.partial(jax.jit(run), *arrays, *mask)
-    return gpu.Contender(name, start, results=compared if results else None)
-
-
-def _ours(case, what, arrays, places: Places) -> gpu.Contender:
-    def compute(q, k, v, places, spans):
-        return attention(q, k, v, places, places, "triton", spans=spans)
-
-    return _contender("ours", what, compute, arrays, places, make_spans(places, places))
+    return gpu.Implementation(
+        name, functools.partial(jax.jit(run), *arrays, *mask), results=compared
+    )
 
 
-def _in_jax(case, what, arrays, places: Places) -> list[gpu.Contender]:
-    def compute(implementation, q, k, v, places):
-        return attention(q, k, v, places, places, implementation)
-
-    return [
-        _contender(name, what, functools.partial(compute, implementation), arrays, places)
-        for name, implementation in (("XLA", "reference"), ("chunked", "chunked"))
-    ]
+def _ours(q, k, v, places, spans):
+    return attention(q, k, v, places, places, "triton", spans=spans)
 
 
-def _cudnn(case, what, arrays, places: Places) -> list[gpu.Contender]:
-    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-
-    def masked(q, k, v, places):
-        return attention(q, k, v, places, places, "cudnn")
-
-    dense = _contender("cuDNN, dense mask", what, masked, arrays, places)
-    if len(case.documents) == 1:
-        return [_contender("cuDNN", what, causal, arrays), dense]
-
-    def by_length(q, k, v, lengths):
-        return causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-
-    return [
-        _contender("cuDNN, causal only", what, causal, arrays, results=None),
-        dense,
-        _contender(
-            "cuDNN, lengths", what, by_length, [as_rows(x, case.documents) for x in arrays],
-            jnp.asarray(case.documents, jnp.int32),
-            results=lambda result: [from_rows(x, case.documents) for x in jax.tree.leaves(result)],
-        ),
-    ]  # fmt: skip
+def _xla(q, k, v, places):
+    return attention(q, k, v, places, places, "reference")
 
 
-def as_rows(x, documents):
-    """[documents, longest, heads, head dim], padded."""
-    longest, ends = max(documents), np.cumsum(documents)
-    parts = [x[0, end - n : end] for n, end in zip(documents, ends, strict=True)]
-    return jnp.stack([jnp.pad(p, ((0, longest - len(p)), (0, 0), (0, 0))) for p in parts])
+def _cudnn_causal(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def from_rows(rows, documents):
-    return jnp.concatenate([row[:n] for row, n in zip(rows, documents, strict=True)])[None]
+def cudnn_packed(q_BSHD, k_BTKD, v_BTKD, documents_N):
+    """cuDNN's attention over one row of packed documents of these lengths, in the row's order.
+
+    JAX has it under a private name alone. JAX 0.10 counts the offsets of keys by the query's heads:
+    with fewer KV heads it reads the wrong keys.
+
+    Raises:
+      NotImplementedError: the row's KV heads are fewer than its heads, and JAX is older than 0.11.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    if jax.__version_info__ < (0, 11) and q_BSHD.shape[2] != k_BTKD.shape[2]:
+        raise NotImplementedError("cuDNN's packed mode with grouped heads needs JAX 0.11")
+    sizes = documents_N[None]
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(documents_N)])[None]
+    return cudnn.dot_product_attention(
+        q_BSHD, k_BTKD, v_BTKD, q_seqlen=sizes, kv_seqlen=sizes, q_offsets=offsets,
+        kv_offsets=offsets, scale=q_BSHD.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
 
 
-def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Contender]:
+def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Implementation]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.functional import scaled_dot_product_attention
@@ -164,7 +154,7 @@ def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Contender]:
     q, k, v, g = (tensor(x) for x in arrays)
     g = g.detach()
 
-    def contender(name: str, compute, several_are_one: bool) -> gpu.Contender:
+    def implementation(name: str, compute, causal_only: bool) -> gpu.Implementation:
         def start():
             if what == FORWARD:
                 with torch.no_grad():
@@ -175,21 +165,27 @@ def _torch(case: AttentionCase, what: str, arrays) -> list[gpu.Contender]:
         def results(tensors) -> list[np.ndarray]:
             return [gpu.sampled(x.detach().transpose(1, 2)).float().cpu().numpy() for x in tensors]
 
-        return gpu.torch_contender(name, start, None if several_are_one else results)
+        return gpu.in_torch(name, start, None if causal_only else results)
 
     documents = torch.from_numpy(np.array(case.places().segments[0])).to(device)
 
     def same_document(b, h, query, key):
         return (query >= key) & (documents[query] == documents[key])
 
-    # Compiled, for otherwise all pairs of a row of 131K tokens lie in memory.
-    mask = gpu.torch_compile(create_block_mask)(
-        same_document, None, None, case.length, case.length, device=device
-    )
-    flex = functools.partial(gpu.torch_compile(flex_attention), block_mask=mask, enable_gqa=True)
+    @functools.cache
+    def mask():
+        # Compiled, for otherwise all pairs of a row of 131K tokens lie in memory.
+        compiled = gpu.torch_compile(create_block_mask)
+        return compiled(same_document, None, None, case.length, case.length, device=device)
+
+    def flex(q, k, v):
+        compiled = gpu.torch_compile(flex_attention, what)
+        return compiled(q, k, v, block_mask=mask(), enable_gqa=True)
+
     sdpa = functools.partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     several = len(case.documents) > 1
-    found = [contender("torch SDPA, causal only" if several else "torch SDPA", sdpa, several)]
+    found = [implementation("torch SDPA, causal only" if several else "torch SDPA", sdpa, several)]
+    gpu.torch_compile(flex_attention, what)
     if what == FORWARD or not gpu.rehearsing():
-        found.append(contender("torch FlexAttention", flex, False))
+        found.append(implementation("torch FlexAttention", flex, False))
     return found

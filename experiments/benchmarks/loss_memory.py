@@ -23,7 +23,7 @@ from llama3_jax.planning.compiler import h100s
 
 DIM, VOCABULARY = 4096, 128_256
 # The definition first: the others are shares of it.
-CONTENDERS = {"XLA": "reference", "chunked": "chunked", "ours": "triton"}
+IMPLEMENTATIONS = {"XLA": "reference", "chunked": "chunked", "ours": "triton"}
 
 FLAGS = flags.FLAGS
 
@@ -50,13 +50,13 @@ def temporary_bytes(implementation: str, head_dtype: str, tokens: int) -> int:
 
 def main(_) -> None:
     table = Table(title=f"{FLAGS.tokens:,} tokens x {VOCABULARY:,}, forward + backward, H100")
-    for column in ("head", "contender"):
+    for column in ("head", "implementation"):
         table.add_column(column)
     for column in ("temporary MB", "of XLA's"):
         table.add_column(column, justify="right")
     for dtype in ("bfloat16", "float32"):
         taken = {
-            name: temporary_bytes(how, dtype, FLAGS.tokens) for name, how in CONTENDERS.items()
+            name: temporary_bytes(how, dtype, FLAGS.tokens) for name, how in IMPLEMENTATIONS.items()
         }
         for name, size in taken.items():
             table.add_row(dtype, name, f"{size / 1e6:,.0f}", f"{size / taken['XLA']:.3f}")

@@ -1,6 +1,6 @@
 """The planner's constants, from what the kernels' benchmark measured on a chip.
 
-    python -m experiments.benchmarks.kernels
+    python -m experiments.benchmarks.kernel_speed
     python -m experiments.benchmarks.planner_constants          # of the newest results
     python -m llama3_jax.plan --config=experiments/production/llama3_8b.py --constants=FILE
 
@@ -37,7 +37,7 @@ def newest(folder: Path) -> Path:
     found = sorted(folder.glob("kernels_*.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
-            f"no kernels_*.json in {folder}: run python -m experiments.benchmarks.kernels on a GPU"
+            f"no kernels_*.json in {folder}: run python -m experiments.benchmarks.kernel_speed on a GPU"
         )
     return found[-1]
 
@@ -58,8 +58,8 @@ def constants_of(results: dict[str, Any], source: str) -> dict[str, dict[str, An
     backward = both["milliseconds"] - forward["milliseconds"]
     values = {
         "gemm_efficiency": _rate(products) / peak,
-        "attention_forward_efficiency": _rate([forward]) / peak,
-        "attention_backward_efficiency": 2.5 * forward["flops"] / (backward / 1e3) / peak,
+        "triton_forward_efficiency": _rate([forward]) / peak,
+        "triton_backward_efficiency": 2.5 * forward["work"] / (backward / 1e3) / peak,
         "memory_bandwidth": results["ceilings"]["gb_per_s"] * 1e9,
     }
     measured = f"measured on {results['chip']}, {results['date'][:10]} ({source})"
@@ -70,12 +70,12 @@ def _rows(results: dict[str, Any], part: str, what: str) -> list[dict[str, Any]]
     return [
         row
         for row in results["results"]
-        if (row["part"], row["what"], row["contender"]) == (part, what, "ours")
+        if (row["part"], row["what"], row["implementation"]) == (part, what, "ours")
     ]
 
 
 def _rate(rows: list[dict[str, Any]]) -> float:
-    return sum(row["flops"] for row in rows) / sum(row["milliseconds"] / 1e3 for row in rows)
+    return sum(row["work"] for row in rows) / sum(row["milliseconds"] / 1e3 for row in rows)
 
 
 def main(_) -> None:
@@ -85,7 +85,9 @@ def main(_) -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         constants = constants_of(results, path.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not results of experiments.benchmarks.kernels: {error}") from None
+        raise UserError(
+            f"{path}: not results of experiments.benchmarks.kernel_speed: {error}"
+        ) from None
     table = Table(title=f"{results['chip']}")
     for column in ("constant", "published", "measured"):
         table.add_column(column, justify="left" if column == "constant" else "right")

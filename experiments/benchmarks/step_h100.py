@@ -1,6 +1,6 @@
 """A whole training step on one NVIDIA GPU against the same model in torch.
 
-    python -m experiments.benchmarks.step_h100                # as many layers as fit, ours and torch's
+    python -m experiments.benchmarks.step_h100                # 8 layers, ours and torch's
     python -m experiments.benchmarks.step_h100 --layers=2 --attention=cudnn --loss=chunked
     python -m experiments.benchmarks.step_h100 --variant=norm=triton --variant=swiglu=triton
     python -m experiments.benchmarks.step_h100 --rehearse     # no GPU: every line at toy sizes
@@ -9,16 +9,15 @@ The width is the 8B model's (dim 4096, 32/8 heads, vocabulary 128,256), one row 
 packed documents of 1.5K tokens on average, bfloat16 products, AdamW in float32. Ours is
 `llama3_jax.training.step.compile_step` as a run uses it. Torch's is the same network written with
 its own layers under `torch.compile`, FlexAttention with the compiled document mask, fused AdamW,
-float32 parameters under bfloat16 autocast. In a rehearsal torch's attention is its dense one, for
-FlexAttention has no gradient on a CPU, and nothing of torch is compiled.
+float32 parameters under bfloat16 autocast; it keeps all activations. In a rehearsal torch's attention
+is its dense one, for FlexAttention has no gradient on a CPU, and nothing of torch is compiled.
 
-Layers: the most for which the compiler's own account of memory stays under the device's, with a
-tenth to spare; fewer where torch, which keeps all activations, runs out of memory with as many. Each
-side is timed alone in a process of its own, because neither fits beside the other, ours and torch's
-in turn (`--rounds`); ratios are of neighbours. MFU is against the data sheet's peak, by the three
-accountings of `model/flops.py`, and memory beside what XLA and the planner forecast. A variant is
-ours with one choice changed, a side of its own: what a kernel gains in a step, where XLA may fuse
-what it replaces with its neighbours.
+Each side is timed alone in a process of its own, because neither fits beside the other, ours and
+torch's in turn (`--rounds`); ratios are of neighbours. A side that runs out of memory has no figures:
+fewer `--layers` then compare both. MFU is against the data sheet's peak, by the three accountings of
+`model/flops.py`, and memory beside what XLA and the planner forecast. A variant is ours with one
+choice changed, a side of its own: what a kernel gains in a step, where XLA may fuse what it replaces
+with its neighbours.
 """
 
 import json
@@ -26,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -44,15 +43,18 @@ from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.memory import forecast
-from llama3_jax.training.hardware import peak_flops
+from llama3_jax.training.hardware import PEAK_FLOPS, peak_flops
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.training.step import abstract_canonical, compile_step, init_state
 
 LEARNING_RATE = 1e-4
 OURS, TORCH = SIDES = ("ours", "torch")
 WARM_UP, STEPS = 3, 10
-SPARE = 0.1
 OUT_OF_MEMORY = 4
+H100 = "NVIDIA H100 80GB HBM3"
+# What a rehearsal assumes for a GPU, in seconds: compiling the step (torch's beyond that of a small
+# function), and making a state; and of the peak, what a step reaches.
+COMPILE, STATE, MFU = {"ours": 45.0, "torch": 30.0}, 8.0, 0.4
 
 FLAGS = flags.FLAGS
 
@@ -91,8 +93,14 @@ def make_batch(vocabulary: int) -> dict[str, np.ndarray]:
 
 
 def model_config(layers: int, **changes: Any) -> ModelConfig:
-    """The 8B model with fewer layers."""
+    """The 8B model with fewer layers; a rehearsal's has two at most."""
+    layers = min(layers, 2) if gpu.rehearsing() else layers
     return preset("8B", layers=layers, **(sizes().model | changes))
+
+
+def steps() -> tuple[int, int]:
+    """To warm up, and measured."""
+    return (1, 2) if gpu.rehearsing() else (WARM_UP, STEPS)
 
 
 def compiled_step(config: ModelConfig):
@@ -118,34 +126,27 @@ def needed_bytes(compiled) -> int:
     )  # fmt: skip
 
 
-def most_layers(fits, most: int = 32) -> int:
-    """The largest number of layers that fits; `fits` is monotone.
-
-    Raises:
-      UserError: not even one layer fits.
-    """
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    if low == 0:
-        raise UserError("not even one layer fits this device's memory")
-    return low
+def expect(side: str) -> None:
+    """What this side would take on a GPU, where each compiles once."""
+    flops = training_flops(preset("8B", layers=FLAGS.layers), 1, Sizes().length, 0)["full"]
+    gpu.expect("steps", (WARM_UP + STEPS) * flops / (MFU * PEAK_FLOPS[H100]) + STATE)
+    gpu.expect("a step's compilation", COMPILE[side])
 
 
 def our_side(config: ModelConfig) -> dict[str, Any]:
     compiled, batch, layout, optimizer = compiled_step(config)
     state, rate = init_state(config, optimizer, layout, 0), np.float32(LEARNING_RATE)
     losses, times = [], []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(sum(steps())):
         start = time.perf_counter()
         state, metrics = compiled(state, batch, rate)
         losses.append(float(metrics.loss))
         times.append(time.perf_counter() - start)
     # A CPU keeps no such account.
     peak = 0 if gpu.rehearsing() else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    expect(OURS)
     return dict(
-        seconds=times[WARM_UP:],
+        seconds=times[steps()[0] :],
         losses=losses,
         peak_bytes=peak,
         compiled_bytes=needed_bytes(compiled),
@@ -240,7 +241,7 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
     compiled = gpu.torch_compile(network)
     targets = torch.where(batch["loss_mask"], batch["targets"].long(), -100)
     losses, times = [], []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(sum(steps())):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
@@ -251,23 +252,29 @@ def torch_side(config: ModelConfig) -> dict[str, Any]:
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
     peak = 0 if gpu.rehearsing() else torch.cuda.max_memory_allocated()
-    return dict(seconds=times[WARM_UP:], losses=losses, peak_bytes=peak)
+    expect(TORCH)
+    return dict(seconds=times[steps()[0] :], losses=losses, peak_bytes=peak)
 
 
 # ------------------------------------------------------------------------------------------- rounds
 
 
-def run_side(side: str, layers: int, changes: dict[str, str]) -> dict[str, Any] | None:
-    """A side in a process of its own; None: it ran out of memory."""
-    options = [f"--{name}={value}" for name, value in changes.items()]
-    options += ["--rehearse"] if FLAGS.rehearse else []
+def run_side(side: str, changes: dict[str, str]) -> dict[str, Any]:
+    """A side in a process of its own.
+
+    Raises:
+      UserError: it ran out of memory, or failed otherwise.
+    """
+    options = {f"--{name}={value}" for name, value in changes.items()}
+    options |= {f"--{x}={FLAGS[x].value}" for x in ("results", "cache") if FLAGS[x].value}
+    options |= {"--rehearse"} if FLAGS.rehearse else set()
     command = [sys.executable, "-m", "experiments.benchmarks.step_h100",
-               f"--side={TORCH if side == TORCH else OURS}", f"--layers={layers}", *options]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+               f"--side={TORCH if side == TORCH else OURS}", f"--layers={FLAGS.layers}", *options]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode == OUT_OF_MEMORY:
-        return None
+        raise UserError(f"out of memory with {FLAGS.layers} layers; try fewer --layers")
     if done.returncode:
-        raise UserError(f"{side}: its process ended with {done.returncode}; the reason is above")
+        raise UserError(f"its process ended with {done.returncode}; the reason is above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -285,42 +292,33 @@ def table_of(config: ModelConfig, runs: dict[str, list[dict]], peak: float) -> T
         table.add_column(column, justify="right")
     medians = {side: [float(np.median(r["seconds"])) for r in runs[side]] for side in runs}
     for side, results in runs.items():
-        seconds = float(np.median(medians[side]))
+        if not results:
+            continue
+        seconds, rounds = float(np.median(medians[side])), min(map(len, (medians[OURS], results)))
         mfu = utilisation(config, seconds, peak)
         accounts = [results[-1].get(name) for name in ("compiled_bytes", "planned_bytes")]
         table.add_row(
             side, f"{1e3 * seconds:.1f}", f"{sizes().length / seconds:,.0f}",
             *(f"{mfu[a]:.1%}" for a in ACCOUNTINGS), f"{results[-1]['peak_bytes'] / 1e9:.1f}",
             *(f"{account / 1e9:.1f}" if account else "" for account in accounts),
-            f"{np.median(np.divide(medians[side], medians[OURS])):.2f}",
+            f"{np.median(np.divide(medians[side][:rounds], medians[OURS][:rounds])):.2f}",
         )  # fmt: skip
     return table
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("layers", None, "Layers; by default as many as fit.", lower_bound=1)
+    flags.DEFINE_integer("layers", 8, "Layers of the model.", lower_bound=1)
     for operation, implementations in dispatch.KERNELS.items():
         default = "triton" if operation in ("attention", "loss") else "reference"
         flags.DEFINE_enum(operation, default, list(implementations), "Ours.")
     flags.DEFINE_multi_string(
         "variant", [], "OPERATION=IMPLEMENTATION: ours once more, so changed."
     )
-    flags.DEFINE_enum("remat", "save_attention", ["none", "full", "save_attention"], "Ours.")
+    remats = get_args(ModelConfig.model_fields["remat"].annotation)
+    flags.DEFINE_enum("remat", "save_products", remats, "Ours.")
     flags.DEFINE_integer("rounds", 3, "Times that each side runs.", lower_bound=1)
     flags.DEFINE_enum("side", None, SIDES, "Be this side (the program starts itself).")
     gpu.define_flags()
-
-
-def layers_of_both(layers: int, run) -> int:
-    """`layers`, or the most below it with which torch does not run out of memory.
-
-    Raises:
-      UserError: torch cannot run even one.
-    """
-    for fewer in range(layers, 0, -1):
-        if run(TORCH, fewer) is not None:
-            return fewer
-    raise UserError("torch runs out of memory with one layer")
 
 
 def main(_) -> int:
@@ -331,14 +329,12 @@ def main(_) -> int:
 
 def be_side(changes: dict[str, str]) -> int:
     config = model_config(FLAGS.layers, **changes)
-    if FLAGS.side == OURS:
-        print(json.dumps(our_side(config)))
-        return 0
-    import torch
-
     try:
-        print(json.dumps(torch_side(config)))
-    except torch.OutOfMemoryError:
+        print(json.dumps((our_side if FLAGS.side == OURS else torch_side)(config)))
+    except RuntimeError as error:  # of both JAX and torch
+        if not any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "out of memory")):
+            raise
+        print(str(error)[:300], file=sys.stderr)
         return OUT_OF_MEMORY
     return 0
 
@@ -355,44 +351,36 @@ def change(text: str) -> dict[str, str]:
     return {operation: implementation}
 
 
-def memory_limit(needed) -> float:
-    """Bytes to fill; a rehearsal takes what two layers need for the limit."""
-    if gpu.rehearsing():
-        return needed(2)
-    return (1 - SPARE) * jax.devices()[0].memory_stats()["bytes_limit"]
-
-
 def measure_sides(changes: dict[str, str]) -> int:
-    def needed(layers: int) -> int:
-        return needed_bytes(compiled_step(model_config(layers, **changes))[0])
-
     sides = {OURS: changes, **{f"{OURS}, {text}": changes | change(text) for text in FLAGS.variant}}
     if gpu.has_torch():
         sides[TORCH] = changes
     gpu.say_without_torch()
-    layers = FLAGS.layers
-    if layers is None:
-        limit = memory_limit(needed)
-        most = 4 if gpu.rehearsing() else 32
-        layers = most_layers(lambda n: needed(n) <= limit, most)
-    if TORCH in sides:
-        layers = layers_of_both(layers, lambda side, n: run_side(side, n, changes))
-    config = model_config(layers, **changes)
-    runs: dict[str, list[dict]] = {side: [] for side in sides}
-    # This process holds no more of the device than what compiling left, which is little.
-    for number in range(FLAGS.rounds):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            result = run_side(side, layers, sides[side])
-            if result is None:
-                raise UserError(f"{side} ran out of memory with {layers} layers")
-            runs[side].append(result)
+    config = model_config(FLAGS.layers, **changes)
     peak, source = peak_flops()
+    if gpu.rehearsing():
+        peak, source = PEAK_FLOPS[H100], "an H100's, in a rehearsal"
     if peak is None:
         raise UserError(source)
-    Console(width=120).print(table_of(config, runs, peak))
+    about = dict(layers=FLAGS.layers, changes=changes, peak_flops=peak)
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    failures: dict[str, str] = {}
+    # This process holds no more of the device than what finding it took, which is little.
+    for number in range(FLAGS.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            if side in failures:
+                continue
+            try:
+                runs[side].append(run_side(side, sides[side]))
+            except UserError as error:  # the other side is measured all the same
+                failures[side] = str(error)
+            written = gpu.save("step", about | dict(runs=runs, failures=failures))
+    if runs[OURS]:
+        Console(width=120).print(table_of(config, runs, peak))
     print(f"kernels: {dispatch.describe(config.kernels())}; MFU against {peak:.4g} ({source})")
-    results = dict(layers=layers, changes=changes, peak_flops=peak, runs=runs)
-    print(f"written: {gpu.save('step', results)}")
+    print(f"written: {written}")
+    if failures:
+        raise UserError("; ".join(f"{side}: {why}" for side, why in failures.items()))
     return 0
 
 

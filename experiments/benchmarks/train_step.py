@@ -1,7 +1,7 @@
 """Our training step against Hugging Face transformers on torch: same model, batch and CPU.
 
-    pip install -e '.[parity]' torch --extra-index-url https://download.pytorch.org/whl/cpu
-    python experiments/benchmarks/train_step.py --shapes=1.8M --rounds=20 --json=FILE
+    pip install -e '.[parity]'        # with a CPU build of torch
+    python -m experiments.benchmarks.train_step --shapes=1.8M --rounds=20 --json=FILE
 
 Ours is `llama3_jax.training.step.compile_step` as a run uses it: documents packed with their mask,
 AdamW, clipping at 1.0, the check for finite gradients, all metrics. Theirs is LlamaForCausalLM with
@@ -152,8 +152,8 @@ class Side:
 
     def __init__(self, name: str, shape: str, weights: Path):
         self.name = name
-        command = [sys.executable, __file__, f"--side={name}", f"--shapes={shape}",
-                   f"--weights={weights}"]  # fmt: skip
+        command = [sys.executable, "-m", "experiments.benchmarks.train_step", f"--side={name}",
+                   f"--shapes={shape}", f"--weights={weights}"]  # fmt: skip
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=os.environ | ENVIRONMENT)  # fmt: skip
 
@@ -231,8 +231,9 @@ def main(argv) -> None:
     if FLAGS.side:
         return serve(FLAGS.side, FLAGS.shapes[0], Path(FLAGS.weights))
     if missing := [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]:
-        raise UserError(f"{missing[0]} is not installed: pip install -e '.[parity]' torch "
-                        "--extra-index-url https://download.pytorch.org/whl/cpu")  # fmt: skip
+        raise UserError(
+            f"{missing[0]} is not installed: pip install -e '.[parity]', with a CPU build of torch"
+        )
     results = {}
     with tempfile.TemporaryDirectory() as directory:
         for shape in dict.fromkeys(FLAGS.shapes):

@@ -8,11 +8,13 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import triton
 import triton.language as tl
+from jax.interpreters import partial_eval
 
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.gpu.call import triton_call
 from llama3_jax.kernels.gpu.catalogue import entries, entry
 from llama3_jax.kernels.gpu.compile import compile_for_hopper, launches_of
+from llama3_jax.kernels.gpu.cross_entropy import InTiles, linear_cross_entropy
 from llama3_jax.kernels.gpu.tuning import Blocks, blocks_for
 
 ENTRIES = list(entries())
@@ -36,6 +38,13 @@ def test_every_kernel_and_row_of_its_table_fits(kernel, row, blocks, launches):
         assert resources.fits, resources
         if blocks and row.endswith("bfloat16"):
             assert resources.wgmma > 0
+
+
+def test_the_scale_costs_the_forward_loop_no_instruction_of_its_own():
+    # Of 64 scores a thread: one FMA and one exponential each, the scale within the FMA.
+    (launch,) = entry("flash_forward", "128 bfloat16", Blocks(128, 128, 8, 3)).launches
+    full, cut = compile_for_hopper(launch).loops
+    assert full < 540 and cut < 860
 
 
 def test_a_configuration_that_spills_or_is_too_large_is_seen():
@@ -72,7 +81,33 @@ def test_on_cpu_without_the_interpreter_a_kernel_is_refused():
         jax.jit(double)(jnp.ones(64))
 
 
-def test_jax_triton_lowers_for_cuda():
+@pytest.fixture
+def jax_triton():
     pytest.importorskip("jax_triton", reason="needs the extra 'gpu'", exc_type=ImportError)
-    lowered = jax.jit(double).trace(jnp.ones(64)).lower(lowering_platforms=("cuda",))
-    assert "triton_kernel_call" in lowered.as_text()
+
+
+def lowered(function, *shapes) -> str:
+    traced = jax.jit(function).trace(*shapes)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_jax_triton_lowers_for_cuda(jax_triton):
+    assert "triton_kernel_call" in lowered(double, jnp.ones(64))
+
+
+def test_a_launch_whose_results_nobody_uses_is_dropped(jax_triton):
+    jaxpr = jax.make_jaxpr(lambda x: (double(x), x + 1))(jnp.ones(64)).jaxpr
+    kept, _ = partial_eval.dce_jaxpr(jaxpr, [False, True])
+    assert [len(x.eqns) for x in (jaxpr, kept)] == [2, 1]
+
+
+def test_a_result_in_place_lowers_for_cuda(jax_triton):
+    def total(hidden, head):
+        targets, mask = jnp.zeros(128, jnp.int32), jnp.ones(128, bool)
+        return linear_cross_entropy(hidden, head, targets, mask, how=InTiles(Blocks(64, 64, 4, 1)))[
+            0
+        ]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((128, 64), (64, 256))]
+    text = lowered(jax.grad(total, (0, 1)), *shapes)
+    assert "output_operand_alias" in text

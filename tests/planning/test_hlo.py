@@ -6,7 +6,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.planning.case import Case
-from llama3_jax.planning.hlo import collectives, totals
+from llama3_jax.planning.hlo import collectives, overlap, totals
 from llama3_jax.training.optimizer import OptimizerConfig
 
 MODEL = ModelConfig(dim=64, layers=6, heads=4, kv_heads=4, head_dim=16, ffn_dim=128)
@@ -103,7 +103,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_loops_count_as_often_as_they_turn():
-    ticks = CASE.schedule.ticks
+    ticks = CASE.schedule.exchanges("forward")  # ticks of which some rank runs a forward
     by_kind = {c.kind: c for c in collectives(NESTED.replace("TICKS", str(ticks)), CASE)}
     # Each rank runs 4 micro-batches through 3 chunks; one of 6 chunks has the head.
     assert by_kind["all-gather"].turns == pytest.approx(4 * 3 * 2)
@@ -128,3 +128,65 @@ def test_what_is_scheduled_under_a_collective(between, hidden):
     )
     (found,) = collectives(text, CASE)
     assert found.hidden == hidden
+
+
+def test_a_loop_with_products_hides_and_shares_are_by_axes():
+    """A gather runs under a loop that multiplies; another waits at once; a third lies in a wrapper."""
+    text = """HloModule m
+
+%gather (a: f32[8]) -> f32[8] {
+  ROOT %in = bf16[16,64] all-gather(%a), replica_groups={{0,1,2,3}}
+}
+
+%layer (a: f32[8]) -> f32[8] {
+  %x = f32[8] dot(%a, %a)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %s = (bf16[4,64], bf16[16,64]) all-gather-start(%p), GROUP
+  %w = f32[8] while(%p), condition=%c, body=%layer, backend_config={"known_trip_count":{"n":"2"}}
+  %d = bf16[16,64] all-gather-done(%s)
+  %t = (bf16[4,64], bf16[16,64]) all-gather-start(%p), GROUP
+  %e = bf16[16,64] all-gather-done(%t)
+  %u = ((f32[8]), f32[8]) async-start(%p), calls=%gather
+  %f = f32[8] async-done(%u)
+  %r = (bf16[4,64], u32[], token[]) recv(%k), frontend_attributes={_xla_send_recv_source_target_pairs="{{0,4},{4,0}}"}
+  %y = f32[8] dot(%p, %p)
+  %rd = (bf16[4,64], token[]) recv-done(%r)
+}
+""".replace("GROUP", GROUP)
+    found = collectives(text, CASE)
+    assert [(c.kind, c.hidden) for c in found] == [
+        ("all-gather", True), ("all-gather", False), ("all-gather", False),
+        ("collective-permute", True),
+    ]  # fmt: skip
+    shares = overlap(found)
+    assert shares["all_gather"]["tensor"] == pytest.approx(1 / 3)
+    assert shares["permute"]["pipe"] == 1 and found[-1].bytes == 512
+
+
+def test_turns_of_a_loop_that_xla_peeled():
+    text = """HloModule m
+
+%body (a: f32[8]) -> f32[8] {
+  %g = bf16[16,64] all-gather(%a), replica_groups={{0,1,2,3}}
+}
+
+%compare (a: s32[]) -> pred[] {
+  %bound = s32[] constant(7)
+  ROOT %lt = pred[] compare(%a, %bound), direction=LT
+}
+
+%condition (a: (s32[])) -> pred[] {
+  ROOT %f = pred[] fusion(%a), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %first = s32[] constant(4)
+  %copy = s32[] copy(%first)
+  %t = (s32[], f32[8]) tuple(%copy, %p)
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body, backend_config={"known_induction_variable":{"tuple_index":"0"}}
+}
+"""
+    (found,) = collectives(text, CASE)
+    assert found.turns == 3

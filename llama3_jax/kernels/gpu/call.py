@@ -9,13 +9,14 @@ import contextlib
 import inspect
 import threading
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 from triton import JITFunction
 from triton import language as tl
 from triton.runtime import interpreter
@@ -73,7 +74,8 @@ def triton_call(
 ) -> list[jax.Array]:
     """Launches `kernel(*inputs, *outputs, **constants)` once for each point of `grid`.
 
-    Outputs start uninitialised; but those of `in_place` {input: output} lie where the input does.
+    Outputs start uninitialised; but those of `in_place` {input: output} lie where the input does:
+    the kernel reads and writes them by the input's parameter, and the output's own it ignores.
 
     Raises:
       UserError: jax-triton is missing, or (when compiled) the platform is not CUDA.
@@ -91,14 +93,21 @@ def triton_call(
         return jax.pure_callback(on_host, list(outputs), *inputs)
     jax_triton = _jax_triton()
     names = inspect.signature(jax_triton.triton_call).parameters
-    shapes = {"out_type" if "out_type" in names else "out_shape": list(outputs)}
+    if "out_type" in names:  # 0.4: outputs in place have no pointer of their own
+        unused = {kernel.arg_names[len(inputs) + i]: 0 for i in (in_place or {}).values()}
+        shapes = dict(out_type=list(outputs), **unused)
+    else:
+        shapes = dict(out_shape=list(outputs))
     # Ahead of time, in a process without a GPU, there is no device to ask.
     capability = None if jax.default_backend() == "gpu" else HOPPER
-    return jax_triton.triton_call(
-        *inputs, kernel=kernel, grid=grid, num_warps=num_warps, num_stages=num_stages,
-        compute_capability=capability, input_output_aliases=dict(in_place or {}), **shapes,
-        **constants,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # 0.4 would rather have a Ref, which has no gradient rule of ours to go with.
+        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
+        return jax_triton.triton_call(
+            *inputs, kernel=kernel, grid=grid, num_warps=num_warps, num_stages=num_stages,
+            compute_capability=capability, input_output_aliases=dict(in_place or {}), **shapes,
+            **constants,
+        )  # fmt: skip
 
 
 def _jax_triton():
@@ -109,7 +118,11 @@ def _jax_triton():
             f"Triton kernels need jax-triton and JAX's CUDA plugin ({error}); "
             "pip install -e '.[gpu]', or choose another implementation"
         ) from None
-    mlir.register_lowering(jax_triton.triton_lib.triton_kernel_call_p, _refuse_cpu, platform="cpu")
+    primitive = jax_triton.triton_lib.triton_kernel_call_p
+    mlir.register_lowering(primitive, _refuse_cpu, platform="cpu")
+    # jax-triton 0.4.1's own rule keeps calls whose results nobody uses, and does not take all that
+    # JAX 0.12 passes it; JAX's default drops them.
+    partial_eval.dce_rules.pop(primitive, None)
     return jax_triton
 
 

@@ -86,7 +86,7 @@ def _tile_kernel(
 
 @triton.jit
 def _dlogits_kernel(
-    exponentials_ptr, scale_ptr, own_ptr, live_ptr, dlogits_ptr,
+    exponentials_ptr, scale_ptr, own_ptr, live_ptr, same_ptr,
     V: tl.constexpr, W: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -98,7 +98,8 @@ def _dlogits_kernel(
     scale = tl.load(scale_ptr + row * W + columns // N, mask=inside & counts, other=0.0)
     target = counts & (columns == tl.load(own_ptr + row))
     dlogits = exponentials.to(tl.float32) * scale - tl.where(target, 1.0, 0.0)
-    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    # In place: the result's own parameter is not for use (see call.py).
+    tl.store(exponentials_ptr + at, dlogits.to(exponentials_ptr.dtype.element_ty), mask=inside)
 
 
 class InTiles(NamedTuple):

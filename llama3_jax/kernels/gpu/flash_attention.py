@@ -14,6 +14,7 @@ block; J blocks of queries, L blocks of keys.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -139,7 +140,8 @@ def _backward(tuning: Tuning, saved, cotangents):
     delta_BSH = jnp.sum(dout_BSHD.astype(jnp.float32) * out_BSHD.astype(jnp.float32), axis=-1)
     delta_BHS = delta_BSH.transpose(0, 2, 1) - dlogsumexp_BHS
     dout_BSHD = dout_BSHD.astype(q_BSHD.dtype)
-    stats = [dout_BSHD, logsumexp_BHS, delta_BHS]
+    # In base 2, as the kernels' exponentials are.
+    stats = [dout_BSHD, logsumexp_BHS * math.log2(math.e), delta_BHS]
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     blocks = tuning.keys
     dk_BTKD, dv_BTKD = triton_call(

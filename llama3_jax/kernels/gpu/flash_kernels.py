@@ -10,6 +10,9 @@ import triton.language as tl
 
 # Scores of keys that a query may not see; finite, so that no difference of two is NaN.
 _MASKED: tl.constexpr = tl.constexpr(-1e30)
+# Where a running maximum starts: below any score and far above a masked one, scaled, whose weight is
+# then zero also in a block of which a query sees nothing.
+_LOWEST: tl.constexpr = tl.constexpr(-1e20)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -60,14 +63,18 @@ def _attend(
     """Adds `steps` blocks of keys to the running softmax: those that the mask cuts, or the full."""
     dims, columns = tl.arange(0, D), tl.arange(0, N)
     for i in tl.range(0, steps):
-        keys = start + _nth(i, before, full, CUT) * N + columns
+        base = start + _nth(i, before, full, CUT) * N
+        keys = base + columns
         k = _rows_of(k_ptr, keys, T, dims, STRIDE, CUT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CUT:
-            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
+            # Numbers within the block are compared: those of its columns do not change.
+            seen = columns[None, :] >= (first - base)[:, None]
+            seen &= columns[None, :] <= (last - base)[:, None]
             scores = tl.where(seen, scores, _MASKED)
-        now_largest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - now_largest[:, None])
+        # The scale is applied to maxima, and to scores within the exponential: one FMA each.
+        now_largest = tl.maximum(largest, tl.max(scores, 1) * SCALE)
+        weights = tl.exp2(scores * SCALE - now_largest[:, None])
         kept = tl.exp2(largest - now_largest)
         total = total * kept + tl.sum(weights, 1)
         v = _rows_of(v_ptr, keys, T, dims, STRIDE, CUT)
@@ -97,7 +104,7 @@ def forward_kernel(
 
     out = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
-    largest = tl.full([M], _MASKED, tl.float32)
+    largest = tl.full([M], _LOWEST, tl.float32)
     out, total, largest = _attend(
         out, total, largest, q, k_ptr, v_ptr, first, last, start, before, full, full, T,
         SCALE * _LOG2_E, K * D, D, N, False, PRECISION,
@@ -137,7 +144,7 @@ def _collect(
         dout = _rows_of(dout_ptr + at, tl.arange(0, M), S - block * M, dims, STRIDE, CUT)
         logsumexp = tl.load(logsumexp_ptr + queries, mask=queries < S, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE
-        weights = tl.exp2(scores - logsumexp[None, :] * _LOG2_E)
+        weights = tl.exp2(scores - logsumexp[None, :])
         if CUT:
             first, last = _block_spans(first_ptr, last_ptr, queries, S, T)
             keys = first_key + tl.arange(0, N)
@@ -198,13 +205,16 @@ def _receive(
     """Adds what `steps` blocks of keys send to a block of queries."""
     dims, columns = tl.arange(0, D), tl.arange(0, N)
     for i in tl.range(0, steps):
-        keys = start + _nth(i, before, full, CUT) * N + columns
+        base = start + _nth(i, before, full, CUT) * N
+        keys = base + columns
         k = _rows_of(k_ptr, keys, T, dims, STRIDE, CUT)
         v = _rows_of(v_ptr, keys, T, dims, STRIDE, CUT)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
         weights = tl.exp2(scores - logsumexp[:, None])
         if CUT:
-            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
+            # Numbers within the block are compared: those of its columns do not change.
+            seen = columns[None, :] >= (first - base)[:, None]
+            seen &= columns[None, :] <= (last - base)[:, None]
             weights = tl.where(seen, weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
@@ -229,7 +239,7 @@ def queries_kernel(
     q = _rows_of(q_ptr + offset, tl.arange(0, M), inside, dims, H * D, True)
     dout = _rows_of(dout_ptr + offset, tl.arange(0, M), inside, dims, H * D, True)
     stats = (row * H + head) * S + queries
-    logsumexp = tl.load(logsumexp_ptr + stats, mask=queries < S, other=0.0) * _LOG2_E
+    logsumexp = tl.load(logsumexp_ptr + stats, mask=queries < S, other=0.0)
     delta = tl.load(delta_ptr + stats, mask=queries < S, other=0.0)
     k_ptr += (row * T * K + head // (H // K)) * D
     v_ptr += (row * T * K + head // (H // K)) * D
