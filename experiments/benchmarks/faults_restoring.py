@@ -89,15 +89,13 @@ def smaller(faults):
 
 def descriptors(faults):
     workdir, limit = faults.copy("descriptors"), 256
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    lives = supervise(
-        lambda: faults.door.start(
-            workdir,
-            preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, min(limit, hard))),
-        ),
-        workdir,
-        iter(()),
-    )
+
+    def start():
+        children = faults.door.start(workdir)
+        resource.prlimit(children[0].pid, resource.RLIMIT_NOFILE, (limit, limit))
+        return children
+
+    lives = supervise(start, workdir, iter(()))
     return faults.outcome(
         f"at most {limit} open files", workdir, lives, "from the half way checkpoint", lost=[0]
     )
