@@ -156,7 +156,7 @@ def _terminated(faults, place: str):
     )
     begun = read_metrics(workdir)
     outcome = faults.outcome(
-        f"SIGTERM in a {place}", workdir, lives, lives[0].last_lines[0], reference=reference,
+        f"SIGTERM during {place}", workdir, lives, lives[0].last_lines[0], reference=reference,
         end=MEASURED_END,
     )  # fmt: skip
     gates = [(w / "gates.jsonl").read_text() for w in (workdir, reference)]
