@@ -58,7 +58,7 @@ class Door:
 
     def start(
         self, workdir: Path, *arguments: str, processes: int = 1, faults: tuple[str, ...] = ("",),
-        devices: int = 2, measured: bool = False, preexec: Callable[[], None] | None = None,
+        devices: int = 2, measured: bool = False,
     ) -> list[subprocess.Popen]:  # fmt: skip
         """`faults` are those of each process (see faults_program.py); "" is none."""
         environment = os.environ | {
@@ -89,7 +89,6 @@ class Door:
             child = subprocess.Popen(
                 [sys.executable, "-m", module, *common, *own],
                 stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | {"FAULT": fault},
-                preexec_fn=preexec,
             )  # fmt: skip
             child.output = output
             begun.append(child)

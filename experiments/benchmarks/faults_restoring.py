@@ -89,15 +89,13 @@ def smaller(faults):
 
 def descriptors(faults):
     workdir, limit = faults.copy("descriptors"), 256
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    lives = supervise(
-        lambda: faults.door.start(
-            workdir,
-            preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, min(limit, hard))),
-        ),
-        workdir,
-        iter(()),
-    )
+
+    def start():
+        children = faults.door.start(workdir)
+        resource.prlimit(children[0].pid, resource.RLIMIT_NOFILE, (limit, limit))
+        return children
+
+    lives = supervise(start, workdir, iter(()))
     return faults.outcome(
         f"at most {limit} open files", workdir, lives, "from the half way checkpoint", lost=[0]
     )
@@ -158,7 +156,7 @@ def _terminated(faults, place: str):
     )
     begun = read_metrics(workdir)
     outcome = faults.outcome(
-        f"SIGTERM in a {place}", workdir, lives, lives[0].last_lines[0], reference=reference,
+        f"SIGTERM during {place}", workdir, lives, lives[0].last_lines[0], reference=reference,
         end=MEASURED_END,
     )  # fmt: skip
     gates = [(w / "gates.jsonl").read_text() for w in (workdir, reference)]
