@@ -20,9 +20,8 @@ GPU_OPTIONS: dict[str, Any] = {
     # XLA's scheduler gives up all overlap where it foresees more than 80% of the memory that is
     # left beside the arguments; a layout that fills the card always is above. In percent of that.
     "xla_gpu_memory_limit_slop_factor": 140,
-    # An exchange may run beside a loop that has exchanges of its own: the gathers of a pipeline's
-    # weights under its first ticks.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    # Put together, the sums of a layer's pieces would be one exchange with nothing to run under.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20,
 }
 DETERMINISTIC_GPU_OPTIONS: dict[str, Any] = {
     # No atomic additions, and no choice of algorithms by timing.

@@ -21,7 +21,7 @@ def lookup(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _lookup(table_VM: Array, tokens: Array, dtype: jnp.dtype, vocab: int) -> Array:
     # Cast before the gather: a table that was gathered in `dtype` (parallel/ranks.py) stays so.
-    return table_VM.astype(dtype).at[tokens].get(mode="fill", fill_value=0)
+    return jnp.asarray(table_VM, dtype).at[tokens].get(mode="fill", fill_value=0)
 
 
 def _lookup_backward(dtype, vocab, tokens, g):

@@ -20,6 +20,7 @@ from llama3_jax.kernels.attention import Places, Spans, attention
 from llama3_jax.kernels.linear import linear_pieces
 from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.products import gathered_products
 from llama3_jax.parallel.ranks import ALONE, Ranks
 
 
@@ -87,9 +88,11 @@ class Attention(nnx.Module):
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
-        xs = ranks.gather_pieces(x_BsM)
+        weights = self.query[...], key, value
+        flat = tuple(w.reshape(w.shape[0], -1) for w in weights)
         q_BSHD, k_BSKD, v_BSKD = (
-            ranks.join_gathered(_to_heads(xs, w)) for w in (self.query[...], key, value)
+            ranks.join_gathered([_kept(p).reshape(*p.shape[:2], *w.shape[1:]) for p in pieces])
+            for pieces, w in zip(gathered_products(x_BsM, flat, ranks), weights, strict=True)
         )
         q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, context.rope, self.rotary)
         k_BTKD, v_BTKD = ranks.gather_keys(k_BSKD), ranks.gather_keys(v_BSKD)
@@ -111,15 +114,6 @@ class Attention(nnx.Module):
         return ranks.scatter_pieces(parts), cache
 
 
-def _to_heads(xs_BPM: list[Array], weight_MHD: Array) -> list[Array]:
-    """[B, P, heads, head dim] of each piece of tokens."""
-    M, H, D = weight_MHD.shape
-    return [
-        _kept(y).reshape(*y.shape[:2], H, D)
-        for y in linear_pieces(xs_BPM, weight_MHD.reshape(M, H * D))
-    ]
-
-
 def _kept(x: Array) -> Array:
     """The result of a product, which remat="save_products" does not compute again."""
     return checkpoint_name(x, "product")
@@ -137,9 +131,10 @@ class FeedForward(nnx.Module):
         self.swiglu = config.swiglu
 
     def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
-        xs_BPM = ranks.gather_pieces(x_BsM)
-        gates, ups = (map(_kept, linear_pieces(xs_BPM, w[...])) for w in (self.gate, self.up))
-        inner_BPF = [swiglu(gate, up, self.swiglu) for gate, up in zip(gates, ups, strict=True)]
+        gates, ups = gathered_products(x_BsM, (self.gate[...], self.up[...]), ranks)
+        inner_BPF = [
+            swiglu(_kept(gate), _kept(up), self.swiglu) for gate, up in zip(gates, ups, strict=True)
+        ]
         return ranks.scatter_pieces(linear_pieces(inner_BPF, self.down[...]))
 
 

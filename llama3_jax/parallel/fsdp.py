@@ -10,16 +10,13 @@ dimension's index, or -1 for what is not sharded). Two ways to compute with it:
   micro-batches and are reduce-scattered once (the Llama 3 paper's choice, section 3.3.2).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
 from llama3_jax.parallel.mesh import AXES
 from llama3_jax.parallel.ranks import GATHERED, Ranks, widen
@@ -32,17 +29,6 @@ class Weights(NamedTuple):
 
     constants: Any
     variables: Any
-
-
-class GatheredBehind(NamedTuple):
-    """Stacked weights of which the first places are at hand while one collective brings them all.
-
-    XLA runs one collective, not a dozen, beside a loop that reads `first`. `unpack(flat)`: all.
-    """
-
-    first: Any
-    flat: Array
-    unpack: Callable[[Array], Any]
 
 
 class Fsdp(NamedTuple):
@@ -66,34 +52,6 @@ class Fsdp(NamedTuple):
 
         kept = jax.tree.map(gather, shards, dims)
         return Weights(kept, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kept))
-
-    def gather_behind(self, shards: Any, dims: Any, first: int) -> "GatheredBehind":
-        """As the constants of `start`, of stacked weights whose `first` places are needed first."""
-        ahead = self.start(jax.tree.map(lambda x: x[:first], shards), dims).constants
-        leaves, structure = jax.tree.flatten(shards)
-        places = structure.flatten_up_to(dims)
-        sharded = [
-            jnp.moveaxis(x.astype(self.dtype), dim, 0)
-            for x, dim in zip(leaves, places, strict=True)
-            if dim != NOT_SHARDED
-        ]
-        flat = lax.all_gather(
-            jnp.concatenate([x.reshape(-1) for x in sharded]), self.ranks.fsdp_axes
-        )
-
-        def unpack(flat: Array) -> Any:
-            ends = np.cumsum([x.size for x in sharded])[:-1]
-            parts = zip(jnp.split(flat, ends, axis=1), sharded, strict=True)
-
-            def whole(leaf, dim):
-                if dim == NOT_SHARDED:
-                    return leaf
-                part, shard = next(parts)
-                return jnp.moveaxis(part.reshape(-1, *shard.shape[1:]), 0, dim)
-
-            return structure.unflatten(map(whole, leaves, places))
-
-        return GatheredBehind(ahead, flat, unpack)
 
     def open(self, weights: Weights, dims: Any) -> Any:
         """Where they are used: whole float32 weights (in name; see ranks.py)."""

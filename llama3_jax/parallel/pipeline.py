@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from llama3_jax.parallel.fsdp import GatheredBehind
 from llama3_jax.parallel.residuals import SplitLayer
 from llama3_jax.parallel.schedule import IDLE, Schedule
 from llama3_jax.parallel.stages import Stages
@@ -127,13 +126,10 @@ def run_schedule(
     ends: dict,
     loss_sums: tuple[Array, Any],
     activation: jax.ShapeDtypeStruct,
-    behind: GatheredBehind | None = None,
 ) -> Result:
     """Runs the schedule on this rank's blocks (constants, variables), stacked as in stages.py.
 
     `loss_sums` are zeros of what `last` returns; `activation` is what goes from stage to stage.
-    With `behind`, its first weights serve the ticks before any other virtual stage than 0 runs, and
-    the gather of all runs under these ticks.
     Without backward slots in the schedule no gradients are computed and they come back as None.
     """
     P, V, most = schedule.stages, schedule.virtual, stages.most
@@ -144,15 +140,13 @@ def run_schedule(
     constants, variables = blocks
     x_zero = jnp.zeros(activation.shape, activation.dtype)
 
-    def weights(constants, place):
+    def weights(place):
         index = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
         return jax.tree.map(index, constants), jax.tree.map(index, variables)
 
     split = None
     if training:
-        split = SplitLayer(
-            parts.layer, (*weights(constants, 0), x_zero, parts.inputs(jnp.int32(0)))
-        )
+        split = SplitLayer(parts.layer, (*weights(0), x_zero, parts.inputs(jnp.int32(0))))
 
     def if_present(layer, v, function, *operands):
         """A place of the stack that holds no layer is skipped."""
@@ -160,7 +154,7 @@ def run_schedule(
             return function(*operands)
         return _when("layer", layer < counts[v], function, *operands)
 
-    def forward(constants, carry, row):
+    def forward(carry, row):
         shared = parts.inputs(row["forward_m"])
         v = row["forward_v"]
         first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
@@ -172,9 +166,7 @@ def run_schedule(
 
         def layer(state, number):
             def apply(x, kept):
-                y, new = _apply_layer(
-                    split, parts, weights(constants, v * most + number), x, shared
-                )
+                y, new = _apply_layer(split, parts, weights(v * most + number), x, shared)
                 place = row["keep"] * most + number
                 return y, [_write(b, place, n) for b, n in zip(kept, new, strict=True)]
 
@@ -195,7 +187,7 @@ def run_schedule(
         (loss,) = _when("head", last_chunk, head, carry["loss"])
         return carry | {"loss": loss, "sent": x}
 
-    def backward(constants, carry, row):
+    def backward(carry, row):
         shared = parts.inputs(row["backward_m"])
         v = row["backward_v"]
         first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
@@ -219,7 +211,7 @@ def run_schedule(
                 place = v * most + number
                 slot = row["release"] * most + number
                 kept = [_read(buffer, slot) for buffer in carry["kept"]]
-                gradients, dx = split.backward(kept, *weights(constants, place), x_zero, shared, dx)
+                gradients, dx = split.backward(kept, *weights(place), x_zero, shared, dx)
                 add = lambda a, g: a.at[place].add(g.astype(a.dtype))  # noqa: E731
                 return dx, jax.tree.map(add, accumulated, gradients)
 
@@ -240,7 +232,7 @@ def run_schedule(
             "sent_back": dx,
         }  # fmt: skip
 
-    def tick(directions: tuple[str, ...], constants, carry, row):
+    def tick(directions: tuple[str, ...], carry, row):
         row = {name: values[rank] for name, values in row.items()}
         if "forward" in directions:
             arrived = _write_if(carry["arrived"], row["arrive"], carry["sent"])
@@ -250,18 +242,14 @@ def run_schedule(
             carry = carry | {"arrived_back": arrived}
         if "forward" in directions:
             (carry,) = _when(
-                "forward",
-                row["forward_m"] != IDLE,
-                lambda c: (forward(constants, c, row),),
-                carry,
+                "forward", row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry
             )
             sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
             carry = carry | {"sent": sent}
         if "backward" in directions:
             (carry,) = _when(
-                "backward", row["backward_m"] != IDLE,
-                lambda c: (backward(constants, c, row),), carry,
-            )  # fmt: skip
+                "backward", row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry
+            )
             back = lax.ppermute(carry["sent_back"], "pipe", [(r, (r - 1) % P) for r in range(P)])
             carry = carry | {"sent_back": back}
         return carry | {"ticks": carry["ticks"] + 1}, None
@@ -283,22 +271,9 @@ def run_schedule(
         "end_gradients": zeros(ends) if training else None,
         "ticks": jnp.int32(0),
     }
-
-    def run(carry, directions, constants, ticks: slice):
+    for directions, ticks in schedule.phases():
         rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
-        return lax.scan(functools.partial(tick, directions, constants), carry, rows)[0]
-
-    phases = schedule.phases()
-    if behind is not None:
-        directions, ticks = phases[0]
-        alone = slice(0, schedule.ticks_of_first_stage())
-        phases[0] = directions, slice(alone.stop, ticks.stop)
-        carry = run(carry, directions, behind.first, alone)
-        # Or XLA would wait for the gather before these ticks, to lay the weights out for the next.
-        carry, flat = lax.optimization_barrier((carry, behind.flat))
-        constants = behind.unpack(flat)
-    for directions, ticks in phases:
-        carry = run(carry, directions, constants, ticks)
+        carry, _ = lax.scan(functools.partial(tick, directions), carry, rows)
     loss, sums = carry["loss"]
     return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])
 

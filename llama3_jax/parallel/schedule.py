@@ -44,11 +44,6 @@ class Schedule(NamedTuple):
         ]  # fmt: skip
         return [(what, ticks) for what, ticks in phases if ticks.start < ticks.stop]
 
-    def ticks_of_first_stage(self) -> int:
-        """Ticks before any rank runs a backward, or a forward of another virtual stage than 0."""
-        other = (self.forward[..., 1] > 0) | (self.backward[..., 0] != IDLE)
-        return int(np.flatnonzero(other.any(1))[0])
-
     def exchanges(self, direction: str) -> int:
         """Ticks that end in a ring exchange of this direction."""
         return sum(t.stop - t.start for what, t in self.phases() if direction in what)

@@ -77,9 +77,9 @@ def layer_residuals(case: Case) -> float:
     products = 2 * residual + tokens * (2 * heads + 2 * kv + 2 * ffn)
     if model.remat == "save_products":
         return width * products
-    # Both gathered inputs, rotated queries and keys of the whole row, SwiGLU's result, norms.
+    # Both normed inputs, rotated queries and keys of the whole row, SwiGLU's result, norms.
     row = tokens * case.mesh.context
-    gathered = 2 * tokens * model.dim + tokens * (heads + ffn) + 2 * row * kv
+    gathered = 2 * residual + tokens * (heads + ffn) + 2 * row * kv
     return width * (products + gathered) + 2 * _F32 * residual
 
 

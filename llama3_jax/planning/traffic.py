@@ -57,7 +57,7 @@ def traffic(case: Case) -> list[Traffic]:
         part = tokens * model.dim * width * (mesh.tensor - 1) / mesh.tensor
         hidden = {1: 0.25, 2: 0.6}.get(mesh.tensor_pieces, 0.8)
         # What the backward gathers and reduces again (transformer.py, remat policies).
-        again = {"none": (0, 0), "save_products": (2, 0)}.get(model.remat, (2, 1))
+        again = {"none": (2, 0), "save_products": (2, 0)}.get(model.remat, (2, 1))
         for phase, gathers, scatters in (
             (FORWARD, 2, 2), (BACKWARD, 2 + again[0], 2 + again[1])
         ):  # fmt: skip
@@ -90,10 +90,8 @@ def traffic(case: Case) -> list[Traffic]:
             found.append(Traffic("reduce-scatter", axes, STEP, micro * tables * 4, 0.0))
         else:
             whole = layer * stacked_layers(case) + tables
-            found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, 0.0))
-            if mesh.virtual_stages > 1:  # the first virtual stage's weights are gathered twice
-                whole += layer * stacked_layers(case) / mesh.virtual_stages
             found.append(Traffic("all-gather", axes, STEP, whole * width, 0.0))
+            found.append(Traffic("reduce-scatter", axes, STEP, whole * 4, 0.0))
     if mesh.pipe > 1:
         sent = tokens // mesh.tensor * model.dim * width
         found.append(Traffic("collective-permute", ("pipe",), TICK, sent, 0.0))

@@ -17,7 +17,7 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Context
 from llama3_jax.model.transformer import Params, logical_axes
 from llama3_jax.parallel import sharding
-from llama3_jax.parallel.fsdp import NOT_SHARDED, Fsdp, GatheredBehind, Weights
+from llama3_jax.parallel.fsdp import NOT_SHARDED, Fsdp, Weights
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.pipeline import Parts, run_schedule
 from llama3_jax.parallel.ranks import Ranks
@@ -124,9 +124,8 @@ def make_gradients(config: ModelConfig, layout: Layout, micro_batches: int, sour
         else:
             schedule = make_schedule(layout.config, micro_batches)
             sums, gradients = _pipelined(
-                model, schedule, weights, split, model.last, _zero_sums(model),
-                _gathered_behind(model, params),
-            )  # fmt: skip
+                model, schedule, weights, split, model.last, _zero_sums(model)
+            )
         gradients = model.fsdp.finish(gradients, model.dims, model.specs)
         return jax.tree.map(model.ranks.token_sum, sums), gradients
 
@@ -243,18 +242,7 @@ def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSum
     return sums, gradients
 
 
-def _gathered_behind(model: _Model, params: Params) -> GatheredBehind | None:
-    """The blocks' weights where one gather a step can run under the first virtual stage's ticks."""
-    mesh = model.layout.config
-    if mesh.fsdp != "kept" or mesh.virtual_stages == 1 or not model.ranks.fsdp_axes:
-        return None
-    most = make_stages(model.config.layers, mesh).most
-    return model.fsdp.gather_behind(params["blocks"], model.dims["blocks"], most)
-
-
-def _pipelined(
-    model: _Model, schedule, weights: Weights, split: Batch, last, zero: Any, behind=None
-):
+def _pipelined(model: _Model, schedule, weights: Weights, split: Batch, last, zero: Any):
     """Gradients by the pipeline's schedule, or the forward alone; `zero` is what `last` adds to."""
     config, ranks = model.config, model.ranks
     constants = {k: v for k, v in weights.constants.items() if k != "blocks"}
@@ -287,7 +275,6 @@ def _pipelined(
         ends,
         (jnp.zeros(()), zero),
         activation,
-        behind,
     )
     gradients = None
     if result.end_gradients is not None:
