@@ -25,7 +25,8 @@ def _lookup(table_VM: Array, tokens: Array, dtype: jnp.dtype, vocab: int) -> Arr
 
 
 def _lookup_backward(dtype, vocab, tokens, g):
-    table_VM = jnp.zeros((vocab, g.shape[-1]), jnp.float32)
+    # Zeros that depend on g: of a constant XLA would keep a copy for all micro-batches.
+    table_VM = jnp.full((vocab, g.shape[-1]), 0 * g.reshape(-1)[0], jnp.float32)
     return table_VM.at[tokens].add(g.astype(jnp.float32), mode="drop"), None
 
 
