@@ -5,6 +5,7 @@
     python -m llama3_jax.train --config=… --check                    # print the timeline and stop
     python -m llama3_jax.train --config=… --documents_of_step=120     # what made that batch
     python -m llama3_jax.train --config=… --workdir=… --replay_event=0    # a spike once more
+    python -m llama3_jax.train --config=… --workdir=… --profile=100:5     # where five steps' time goes
     srun python -m llama3_jax.train --config=… --workdir=…           # a process a task
 
 The same command goes on where the run stopped, with as many processes as it then has. SIGTERM saves
@@ -13,6 +14,7 @@ stops all. When a process is lost the others exit with code 3; a hang ends all w
 """
 
 import contextlib
+import gc
 import json
 import shutil
 import signal
@@ -76,10 +78,12 @@ from llama3_jax.training.step import (
     params_from_canonical,
     to_canonical,
 )
+from llama3_jax.training.trace import Trace, parse_steps
 from llama3_jax.training.watchdog import Watchdog
 
 FLAGS = flags.FLAGS
 AVERAGED = "averaged"
+COLLECT_EVERY = 1_000  # steps between collections of Python's garbage
 
 
 def define_flags() -> None:
@@ -87,6 +91,7 @@ def define_flags() -> None:
     processes.define_flags()
     flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
     flags.DEFINE_bool("check", False, "Validate the config, print its timeline, and stop.")
+    flags.DEFINE_string("profile", None, "STEP:COUNT: a trace of these steps in --workdir/profile.")
     flags.DEFINE_integer("documents_of_step", None, "Print the documents of a step, and stop.")
     flags.DEFINE_integer(
         "replay_event", None, "Compute the step of this event of --workdir again, and stop."
@@ -110,6 +115,7 @@ def main(_) -> int:
     if not FLAGS.workdir:
         raise UserError("--workdir is required: where checkpoints and metrics go")
     xla.start(config.xla)
+    profile = parse_steps(FLAGS.profile) if FLAGS.profile else None
     if FLAGS.replay_event is not None:
         print(replay(prepare(config), Path(FLAGS.workdir), FLAGS.replay_event))
         return 0
@@ -117,11 +123,16 @@ def main(_) -> int:
     with processes.joined(processes.from_flags()) as watch:
         run = prepare(config)
         with locked(workdir) if processes.is_first() else contextlib.nullcontext():
-            return train(run, workdir, watch)
+            return train(run, workdir, watch, profile)
 
 
-def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
-    """Trains to the end of the timeline, or until a signal; returns the exit code."""
+def train(
+    run: Run, workdir: Path, watch: Watch | None = None, profile: tuple[int, int] | None = None
+) -> int:
+    """Trains to the end of the timeline, or until a signal; returns the exit code.
+
+    `profile` is the first step to trace and how many (training/trace.py).
+    """
     processes.check_same("config", run.config.model_dump_json())
     writes = processes.is_first()
     ledger = Ledger(workdir / GOODPUT_FILE if writes else None)
@@ -132,14 +143,20 @@ def train(run: Run, workdir: Path, watch: Watch | None = None) -> int:
     try:
         while code is None:
             # A rewind is a resume: from an earlier checkpoint, without the batches of its event.
-            code = train_on(leave_out(run, events.left_out()), workdir, events, stop, ledger)
+            part = leave_out(run, events.left_out())
+            code = train_on(part, workdir, events, stop, ledger, profile)
     finally:
         watchdog.close()
     return code
 
 
 def train_on(
-    run: Run, workdir: Path, events: Events, stop: "StopSignal", ledger: Ledger
+    run: Run,
+    workdir: Path,
+    events: Events,
+    stop: "StopSignal",
+    ledger: Ledger,
+    profile: tuple[int, int] | None = None,
 ) -> int | None:
     """As `train`, from the newest checkpoint; None after a rewind, which made an older one so."""
     config, timeline = run.config, run.timeline
@@ -282,6 +299,18 @@ def train_on(
             owed = True
         log.restart_clock()
 
+    trace = Trace(profile if writes else None, workdir, progress.say)
+    first_step = step
+
+    def collect_garbage(step: int) -> None:
+        """Python's collections at the same steps on all processes, and not of what stays."""
+        if step == first_step + 1:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif step % COLLECT_EVERY == 0:
+            gc.collect()
+
     try:
         if step:  # a signal may have kept the start before from it
             measure(recorded(metrics.of_step))
@@ -325,13 +354,16 @@ def train_on(
                 workers=config.data.workers,
             )
             for batch in ledger.fetched(loader):
+                trace.before(step)
                 rate = np.float32(timeline.step_learning_rate(step))
                 with ledger.calling(step_function, stage.length, stage.batch_rows):
                     state, step_metrics = step_function(
                         state, put_batch(batch, layout), rate, incidents.limits(step)
                     )
+                trace.after(step, step_metrics)
                 log.add(step, stage, float(rate), step_metrics)
                 step += 1
+                collect_garbage(step)
                 if averaged_now(run, step):
                     average.add(state.params)
                 stop.agree()
@@ -358,6 +390,8 @@ def train_on(
             raise UserError(f"no space left on the disk that holds {workdir}") from error
         raise
     finally:
+        trace.close()
+        gc.enable()
         progress.close()
         with contextlib.suppress(OSError):  # a full disk is told of already
             metrics.close()
