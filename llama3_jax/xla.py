@@ -20,9 +20,9 @@ GPU_OPTIONS: dict[str, Any] = {
     # XLA's scheduler gives up all overlap where it foresees more than 80% of the memory that is
     # left beside the arguments; a layout that fills the card always is above. In percent of that.
     "xla_gpu_memory_limit_slop_factor": 140,
-    # Put together, the sums of a layer's pieces would be one exchange with nothing to run under.
-    "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20,
 }
+# Put together, the sums of a layer's pieces of tokens would be one exchange with nothing to run under.
+PIECES_OPTIONS: dict[str, Any] = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20}
 DETERMINISTIC_GPU_OPTIONS: dict[str, Any] = {
     # No atomic additions, and no choice of algorithms by timing.
     "xla_gpu_deterministic_ops": True,
@@ -62,10 +62,13 @@ class XlaConfig(Config):
                 raise ValueError(f"options: {option!r} is not xla_name=value")
         return self
 
-    def compiler_options(self, platform: str) -> dict[str, Any]:
-        """For `jax.jit(compiler_options=…)` on devices of this platform (`gpu`, `cuda`, `cpu`)."""
+    def compiler_options(self, platform: str, pieces: int = 1) -> dict[str, Any]:
+        """For `jax.jit(compiler_options=…)` on devices of this platform (`gpu`, `cuda`, `cpu`).
+
+        `pieces` are the mesh's `tensor_pieces`.
+        """
         gpu = platform in ("gpu", "cuda")
-        ours = dict(GPU_OPTIONS) if gpu else {}
+        ours = GPU_OPTIONS | (PIECES_OPTIONS if pieces > 1 else {}) if gpu else {}
         if self.deterministic and gpu:
             ours |= DETERMINISTIC_GPU_OPTIONS
         other = "xla_cpu_" if gpu else "xla_gpu_"

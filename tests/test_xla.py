@@ -19,6 +19,7 @@ def test_options_are_those_of_the_platform_and_the_config_comes_last():
         "xla_gpu_memory_limit_slop_factor": "95", "xla_dump_to": "d"
     }  # fmt: skip
     assert config.compiler_options("cpu") == {"xla_cpu_x": "1", "xla_dump_to": "d"}
+    assert XlaConfig().compiler_options("gpu", 4) == xla.GPU_OPTIONS | xla.PIECES_OPTIONS
     assert XlaConfig(options="xla_gpu_x=true").compiler_options("gpu")["xla_gpu_x"] is True
 
 

@@ -162,7 +162,7 @@ def _compile(config: ModelConfig, layout: Layout, xla: XlaConfig):
         make_scores(config, layout),
         in_shardings=(params, None),
         out_shardings=sharding.replicated(layout),
-        compiler_options=xla.compiler_options(layout.platform),
+        compiler_options=xla.compiler_options(layout.platform, layout.config.tensor_pieces),
     )
 
 

@@ -262,7 +262,7 @@ def compile_step(
         step,
         out_shardings=(state, sharding.replicated(layout)),
         donate_argnums=0,
-        compiler_options=xla.compiler_options(layout.platform),
+        compiler_options=xla.compiler_options(layout.platform, layout.config.tensor_pieces),
     )
 
 
@@ -279,5 +279,5 @@ def compile_validation(config: ModelConfig, layout: Layout, xla: XlaConfig = DEF
         validate,
         in_shardings=(params, None),
         out_shardings=sharding.replicated(layout),
-        compiler_options=xla.compiler_options(layout.platform),
+        compiler_options=xla.compiler_options(layout.platform, layout.config.tensor_pieces),
     )

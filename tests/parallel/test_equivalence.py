@@ -41,11 +41,14 @@ SCHEDULES = {
 def cases():
     for number, shape in enumerate(FACTORISATIONS):
         name = "x".join(map(str, shape))
+        # Every mesh of several tensor ranks runs its products in pieces of tokens.
+        pieces = {"tensor_pieces": 2} if shape[3] > 1 else {}
         if shape[1] == 1:
             fsdp = ("zero3", "kept")[number % 2]
-            yield pytest.param(shape, dict(fsdp=fsdp), id=f"{name}-{fsdp}")
+            yield pytest.param(shape, dict(fsdp=fsdp) | pieces, id=f"{name}-{fsdp}")
             continue
         for place, (schedule, options) in enumerate(SCHEDULES.items()):
+            options = options | pieces
             if schedule == "interleaved" and shape[1] < 8:
                 # Three in a row of four micro-batches: N divides neither them nor the stages.
                 options = options | {"virtual_stages": 2, "contiguous": 3}

@@ -12,7 +12,7 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.compiler import compile_case
-from llama3_jax.planning.hlo import collectives, totals
+from llama3_jax.planning.hlo import collectives, overlap, totals
 from llama3_jax.training.optimizer import OptimizerConfig
 
 WIDE = ModelConfig(
@@ -51,6 +51,7 @@ def main() -> None:
             "arguments": compiled.arguments,
             "peak": compiled.peak,
             "kernels": compiled.hlo.count("triton_kernel_call"),
+            "overlap": overlap(found),
             "bytes": [[kind, axes, link, n] for (kind, axes, link), n in totals(found).items()],
         }
     print(json.dumps(results))
