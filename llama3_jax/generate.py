@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llama3_jax import cli
+from llama3_jax import cli, xla
 from llama3_jax.errors import UserError
 from llama3_jax.model.decoding import generate
 from llama3_jax.training.loading import load_with_tokenizer
@@ -35,6 +35,7 @@ def define_flags() -> None:
 def main(_) -> None:
     if not FLAGS.prompt:
         raise UserError("--prompt is required: the text to continue")
+    xla.start()
     loaded, tokenizer = load_with_tokenizer(Path(FLAGS.model), FLAGS.tokenizer)
     continuations = generate(
         loaded.config,

@@ -19,7 +19,7 @@ from llama3_jax.schema import Config
 GPU_OPTIONS: dict[str, Any] = {
     # XLA's scheduler gives up all overlap where it foresees more than 80% of the memory that is
     # left beside the arguments; a layout that fills the card always is above. In percent of that.
-    "xla_gpu_memory_limit_slop_factor": 140,
+    "xla_gpu_memory_limit_slop_factor": 160,
 }
 # Put together, the sums of a layer's pieces of tokens would be one exchange with nothing to run under.
 PIECES_OPTIONS: dict[str, Any] = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20}
