@@ -42,6 +42,9 @@ def run(
     `doc` is what --help says before the options, by default the program's docstring.
     """
     exits.listen()
+    # Of a worker that is ended, Python's tracker of semaphores would tell after the last line.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     given = sys.argv if argv is None else argv
     code: Any = 1
     try:

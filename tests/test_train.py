@@ -172,19 +172,28 @@ def test_losses_that_are_not_finite_stop_the_run_with_the_documents(forked_door,
         assert f"{entry['source']}:{entry['document']}" in last
 
 
-def test_a_full_disk_ends_the_run_with_one_line(start, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_line(config, tmp_path):
+    """A disk that others fill: at the start there seemed to be room."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("mounting a small file system needs root")
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this container may not mount file systems")
     try:
-        arguments = ["--config.checkpoint.every_steps=1", "--config.checkpoint.keep_every=1"]
-        code, _, error = finish(start(tmp_path / "run", *arguments))
+        code = (
+            "import shutil; real = shutil.disk_usage;"
+            "shutil.disk_usage = lambda path: real(path)._replace(free=10**9);"
+            "from llama3_jax import cli, train; train.define_flags(); cli.run(train.main)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, config, f"--workdir={tmp_path / 'run'}",
+             "--config.checkpoint.every_steps=1", "--config.checkpoint.keep_every=1"],
+            capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(tmp_path.parent),
+        )  # fmt: skip
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-    assert code == 2
-    last = error.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
     assert last == f"error: no space left on the disk that holds {tmp_path / 'run'}"
 
 

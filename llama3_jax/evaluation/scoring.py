@@ -120,7 +120,7 @@ class Scorer:
             name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)
             for name, dtype in (dtypes | {"loss_mask": np.bool_}).items()
         }
-        compiled = _compile(self.config, self.layout).lower(self.params, batch).compile()
+        compiled = _compile(self.config, self.layout, self.xla).lower(self.params, batch).compile()
         need = compiled.memory_analysis().temp_size_in_bytes
         if stats := jax.local_devices()[0].memory_stats():
             free = stats["bytes_limit"] - stats["bytes_in_use"]

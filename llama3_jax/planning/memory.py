@@ -120,6 +120,9 @@ def _layer_inside(case: Case, kept: bool) -> float:
     model, tokens, width = case.model, case.rank_tokens, case.width
     inside = width * tokens * (4 * model.dim + 4 * model.ffn_dim // case.mesh.tensor)
     inside += 2.5 * _F32 * _scores(case)
+    if case.mesh.tensor > 1 and case.mesh.pipe == 1:
+        # The input gathered again and the gradient of it, which wait for the weights' gradients.
+        inside += 2 * width * tokens * model.dim
     if _gathers(case, kept):
         inside += layer_parameters(case) * (width + _F32)
         inside += model.vocab_size // case.mesh.tensor * model.dim * width

@@ -125,5 +125,5 @@ def test_what_is_called_between_batches_may_end_the_scoring(params):
 
     requests = [Request(np.array([1, 2]), np.full(LENGTH - 2, 3)) for _ in range(5)]
     with pytest.raises(KeyboardInterrupt):
-        Scorer(MODEL, params, layout, LENGTH, between).score(requests, LENGTH)
+        Scorer(MODEL, params, layout, LENGTH, between=between).score(requests, LENGTH)
     assert len(calls) == 3
