@@ -111,15 +111,21 @@ def collectives(hlo: str, case: Case) -> list[Collective]:
     return found
 
 
-def overlap(found: list[Collective]) -> dict[str, dict[str, float]]:
+def hidden_shares(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
     """By kind and axes, the share of the bytes of a step during which products run."""
-    shares: dict = defaultdict(dict)
-    for kind, axes, members in by_axes(found):
-        total = sum(c.total for c in members)
-        hidden = sum(c.total for c in members if c.hidden)
+    return {
+        (kind, axes): sum(c.total for c in members if c.hidden) / sum(c.total for c in members)
+        for kind, axes, members in by_axes(found)
+    }
+
+
+def overlap(found: list[Collective]) -> dict[str, dict[str, float]]:
+    """`hidden_shares` under names for JSON."""
+    named: dict = defaultdict(dict)
+    for (kind, axes), share in hidden_shares(found).items():
         name = {"collective-permute": "permute"}.get(kind, kind).replace("-", "_")
-        shares[name][",".join(axes)] = hidden / total
-    return dict(shares)
+        named[name][",".join(axes)] = share
+    return dict(named)
 
 
 def totals(found: list[Collective]) -> dict[tuple[str, tuple[str, ...], str], float]:

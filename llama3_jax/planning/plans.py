@@ -8,7 +8,7 @@ from llama3_jax.planning.checkpointing import CheckpointBytes, checkpoint_bytes
 from llama3_jax.planning.compiler import Compiled, compile_case
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.cost import AttentionKernel, Cost, predict
-from llama3_jax.planning.hlo import Collective, by_axes, collectives, overlap
+from llama3_jax.planning.hlo import Collective, by_axes, collectives, hidden_shares, overlap
 from llama3_jax.planning.memory import Memory, forecast, usable
 
 
@@ -54,12 +54,7 @@ def make_plan(
 ) -> Plan:
     compiled = compile_case(case) if compiles else None
     found = collectives(compiled.hlo, case) if compiled else []
-    shares = None
-    if compiled:
-        shares = {
-            (kind, axes): sum(c.total for c in members if c.hidden) / sum(c.total for c in members)
-            for kind, axes, members in by_axes(found)
-        }
+    shares = hidden_shares(found) if compiled else None
 
     def cost(kernel: AttentionKernel) -> tuple[Cost, Cost, Cost]:
         slow, fast = constants.end(0), constants.end(1)
