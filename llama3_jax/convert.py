@@ -28,8 +28,6 @@ from llama3_jax.data import tokenizer_json
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, check_output_folder
 from llama3_jax.model import hf
-from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import Params
 from llama3_jax.training.averaging import average_models
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model, save_model
 
@@ -86,7 +84,8 @@ def convert(
         own = source / tokenizer_json.FILE
         tokenizer = _load_tokenizer(own) if own.is_file() else None
         config, params = hf.load(source)
-        _save_model(target, config, params, tokenizer, overwrite)
+        model = LoadedModel(config, params, tokenizer and tokenizer.fingerprint, None)
+        _save_model(target, model, tokenizer, overwrite)
         kind = "model folder, float32"
     else:
         raise UserError(
@@ -105,15 +104,10 @@ def _written(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _save_model(
-    target: Path,
-    config: ModelConfig,
-    params: Params,
-    tokenizer: tokenizers.Tokenizer | None,
-    overwrite: bool,
-    length: int | None = None,
+    target: Path, model: LoadedModel, tokenizer: tokenizers.Tokenizer | None, overwrite: bool
 ) -> None:
     with _written(target, overwrite) as folder:
-        save_model(folder, config, params, tokenizer and tokenizer.fingerprint, length)
+        save_model(folder, model.config, model.params, model.tokenizer, model.length)
         if tokenizer:
             (folder / "tokenizer").mkdir()
             tokenizer.save(folder / "tokenizer")
@@ -135,8 +129,7 @@ def average(_) -> None:
         raise UserError(f"--weights={','.join(FLAGS.weights)}: should be numbers") from None
     target = check_output_folder("--to", target, FLAGS.overwrite, sources).absolute()
     made = average_models(sources, weights)
-    tokenizer = _tokenizer(sources[0], made)
-    _save_model(target, made.config, made.params, tokenizer, FLAGS.overwrite, made.length)
+    _save_model(target, made, _tokenizer(sources[0], made), FLAGS.overwrite)
     print(f"wrote the mean of {len(sources)} models to {target} (model folder, float32)")
 
 

@@ -60,7 +60,7 @@ def test_the_average_of_model_folders(tmp_path, door):
     check(loaded.params, models, [1, 0, 3])
     assert loaded.tokenizer == "t"
     again = door("convert", "average", *where, f"--to={tmp_path}/mean")
-    assert again.returncode == 2 and "not an empty directory" in again.stderr
+    assert again.returncode == 2 and "--overwrite" in again.stderr
     save_model(tmp_path / "other", MODEL.model_copy(update={"layers": 1}), models[0], "u")
     with pytest.raises(UserError, match="of another tokenizer"):
         average_models([*paths, tmp_path / "other"], None)
