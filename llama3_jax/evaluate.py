@@ -36,8 +36,7 @@ from llama3_jax.reporting.evaluation import heat_maps
 from llama3_jax.reporting.page import Section, plots_html, write_page
 from llama3_jax.schema import parse
 from llama3_jax.training.loading import check_tokenizer, find_tokenizer, load
-from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.step import abstract_canonical, params_from_canonical
+from llama3_jax.training.state import abstract_params, relayout
 
 FLAGS = flags.FLAGS
 _LOOK = ("statement", "keys", "key_words", "value_words")  # of NeedleConfig
@@ -113,9 +112,9 @@ def evaluate(config: EvaluationConfig, mesh: MeshConfig, held_out: dict[str, str
             f"--mesh is required with several processes: of {jax.device_count()} devices"
         )
     layout = make_mesh(mesh, jax.devices()[:1] if mesh == MeshConfig() else None)
-    loaded = load(path, lambda model: abstract_canonical(model, OptimizerConfig(), layout).params)
+    loaded = load(path, lambda model: abstract_params(model, layout, saved=True))
     check_tokenizer(loaded, tokenizer)
-    params = params_from_canonical(loaded.params, loaded.config, layout)
+    params = relayout(loaded.params, loaded.config, None, layout)
     scorer = Scorer(loaded.config, params, layout, config.batch_tokens)
 
     say = Console(quiet=not processes.is_first(), soft_wrap=True, highlight=False).print

@@ -29,7 +29,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import check_folder, write_json
 from llama3_jax.folder_lock import locked
 from llama3_jax.kernels import dispatch
-from llama3_jax.model.transformer import Params
+from llama3_jax.model.definition import Params
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.liveness import Watch
 from llama3_jax.parallel.mesh import Layout, make_mesh
@@ -69,15 +69,8 @@ from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.sinks import Sink
-from llama3_jax.training.step import (
-    TrainState,
-    abstract_canonical,
-    compile_step,
-    from_canonical,
-    init_state,
-    params_from_canonical,
-    to_canonical,
-)
+from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout
+from llama3_jax.training.step import compile_step
 from llama3_jax.training.trace import Trace, parse_steps
 from llama3_jax.training.watchdog import Watchdog
 
@@ -165,7 +158,7 @@ def train_on(
     sinks.check(config.sinks)
     layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
     parts = [processes.local_rows(layout.mesh) for layout in layouts]
-    abstract = [abstract_canonical(model, optimizer, layout) for layout in layouts]
+    abstract = [abstract_state(model, optimizer, layout, saved=True) for layout in layouts]
     workdir.mkdir(parents=True, exist_ok=True)
     check_space(workdir, abstract[0], run)
     cases = [case_of(config, stage) for stage in timeline.stages]
@@ -190,16 +183,16 @@ def train_on(
         step, saved = restored.step, restored.metadata
         layout = layouts[timeline.stage_index(step)]
         state = TrainState(restored.params, restored.optimizer)
-        state = from_canonical(state, model, optimizer, layout)
+        state = relayout(state, model, None, layout, optimizer)
         if restored.average is not None:
-            average = params_from_canonical(restored.average, model, layout)
+            average = relayout(restored.average, model, None, layout)
         del restored  # or its arrays would stay as long as the run
     else:
         step, saved, layout = 0, {}, layouts[0]
         gate_log.back_to(0, ())
         if config.init_from:
             state = TrainState(*start_state(config, run.corpora, abstract[0]))
-            state = from_canonical(state, model, optimizer, layout)
+            state = relayout(state, model, None, layout, optimizer)
         else:
             state = init_state(model, optimizer, layout, config.seed)
     tokenizer = next(iter(run.corpora.values())).tokenizer()
@@ -247,8 +240,8 @@ def train_on(
         ledger.mark(step)
         metadata = run_metadata(config, timeline, run.corpora, step, incidents.state())
         metadata["gates"] = gate_log.verdict_records
-        canonical = to_canonical(state, model, layout)
-        averaged = average and average.params and to_canonical(average.params, model, layout)
+        canonical = relayout(state, model, layout, None)
+        averaged = average and average.params and relayout(average.params, model, layout, None)
         checkpoints.save(step, canonical.params, canonical.optimizer, metadata, averaged)
         if config.checkpoint.wait:
             checkpoints.wait()
@@ -256,8 +249,8 @@ def train_on(
     def lie_on(new: Layout) -> None:
         nonlocal state, layout
         if new != layout:
-            canonical, layout = to_canonical(state, model, layout), new
-            state = from_canonical(canonical, model, optimizer, layout)
+            canonical, layout = relayout(state, model, layout, None), new
+            state = relayout(canonical, model, None, layout, optimizer)
 
     def interrupted() -> bool:
         stop.agree()
@@ -288,7 +281,7 @@ def train_on(
                     validate(run, stage_model, layout, stage, state.params, step, metrics, progress,
                              stop.check)  # fmt: skip
                     if config.samples.prompts:
-                        params = to_canonical(state.params, model, layout)
+                        params = relayout(state.params, model, layout, None)
                         write_samples(run, stage_model, params, step, tokenizer, metrics, progress)
                         del params
                 for name, averaged in models.items():
@@ -381,7 +374,7 @@ def train_on(
             checkpoints.close()
             done = step == timeline.steps and not (owed or gates.due(timeline, step))
             if done and average and not incidents.rewind_from:
-                export_average(workdir, run, to_canonical(average.params, model, layout))
+                export_average(workdir, run, relayout(average.params, model, layout, None))
         if incidents.rewind_from:
             target = incidents.rewind(checkpoints)
             progress.say(f"rewound to the checkpoint of step {target}")

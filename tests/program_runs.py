@@ -11,7 +11,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data import tokenizing
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.scaling.synthetic import CHINCHILLA, isoflop_runs
 from llama3_jax.training.checkpoint import save_model
 

@@ -14,7 +14,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.training.checkpoint import load_model, save_model
 from llama3_jax.training.loading import load_with_tokenizer
 

@@ -13,7 +13,7 @@ from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.config import CheckpointConfig
 from llama3_jax.recipe.timeline import Average, LearningRate, Stage, Timeline
 from llama3_jax.train import check_space
-from llama3_jax.training.step import TrainState
+from llama3_jax.training.state import TrainState
 
 MEGABYTE = jax.ShapeDtypeStruct((250_000,), jnp.float32)
 STATE = TrainState({"w": MEGABYTE}, [MEGABYTE, MEGABYTE])

@@ -82,10 +82,10 @@ def final_state(workdir: Path, end: int) -> list[np.ndarray]:
     from llama3_jax.recipe.config import RunConfig
     from llama3_jax.schema import parse
     from llama3_jax.training.checkpoint import Checkpoints
-    from llama3_jax.training.step import abstract_canonical
+    from llama3_jax.training.state import abstract_state
 
     config = parse(RunConfig, json.loads((workdir / "config.json").read_text()))
-    abstract = abstract_canonical(config.model, config.optimizer, make_mesh(MeshConfig()))
+    abstract = abstract_state(config.model, config.optimizer, make_mesh(MeshConfig()), saved=True)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep_last=1, keep_every=1)
     restored = checkpoints.restore(end, *abstract)
     return [np.asarray(x) for x in jax.tree.leaves((restored.params, restored.optimizer))]

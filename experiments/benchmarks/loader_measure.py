@@ -115,7 +115,8 @@ def train_step() -> dict[str, float]:
     from llama3_jax.parallel.sharding import put_batch
     from llama3_jax.recipe.config import RunConfig
     from llama3_jax.schema import parse
-    from llama3_jax.training.step import compile_step, init_state
+    from llama3_jax.training.state import init_state
+    from llama3_jax.training.step import compile_step
 
     config = parse(RunConfig, get_config())
     mesh = make_mesh(config.mesh)

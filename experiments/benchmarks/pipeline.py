@@ -40,12 +40,14 @@ from rich.table import Table
 from llama3_jax import cli
 from llama3_jax.files import write_json
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.sowing import LayerSums
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.pipeline import Parts, run_schedule
 from llama3_jax.parallel.schedule import IDLE, Schedule, make_schedule, simulate
 from llama3_jax.parallel.stages import make_stages, to_stages
 from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.step import abstract_state, compile_step
+from llama3_jax.training.state import abstract_state
+from llama3_jax.training.step import compile_step
 
 RANKS = 8
 SCHEDULES = {
@@ -108,7 +110,7 @@ def toy_parts(layer: Callable, batch: jax.Array) -> Parts:
     return Parts(
         inputs=lambda m: batch[m],
         first=lambda own, shared: shared * own["embedding"],
-        layer=layer,
+        layer=lambda *arguments: ((layer(*arguments), 0.0), LayerSums({}, {})),
         last=lambda own, x, shared: (jnp.sum(x * own["head"]), ()),
         first_keys=("embedding",),
         last_keys=("head",),

@@ -45,7 +45,8 @@ from llama3_jax.planning.case import Case
 from llama3_jax.planning.memory import forecast
 from llama3_jax.training.hardware import PEAK_FLOPS, peak_flops
 from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.step import abstract_canonical, compile_step, init_state
+from llama3_jax.training.state import abstract_state, init_state
+from llama3_jax.training.step import compile_step
 
 LEARNING_RATE = 1e-4
 OURS, TORCH = SIDES = ("ours", "torch")
@@ -107,7 +108,7 @@ def compiled_step(config: ModelConfig):
     """The compiled step, its shapes alone needed, and the batch on the device."""
     layout, optimizer = make_mesh(MeshConfig(), jax.devices()[:1]), OptimizerConfig()
     batch = put_batch(make_batch(config.vocab_size), layout)
-    state = abstract_canonical(config, optimizer, layout)
+    state = abstract_state(config, optimizer, layout, saved=True)
     step = compile_step(config, optimizer, layout, micro_batches=1, sources=1)
     return step.lower(state, batch, np.float32(LEARNING_RATE)).compile(), batch, layout, optimizer
 

@@ -43,11 +43,12 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import write_json
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from llama3_jax.training.step import TrainState, compile_step, state_shardings
+from llama3_jax.training.state import TrainState, abstract_state, shardings
+from llama3_jax.training.step import compile_step
 
 # Model, rows of a batch, tokens of a row.
 SHAPES = {
@@ -86,7 +87,7 @@ def our_step(shape: str, weights: Path):
     config, params = hf.load(weights, dtype="float32", attention="chunked", layer_unroll=layers)
     optimizer, mesh = OptimizerConfig(), make_mesh(MeshConfig())
     state = TrainState(params, make_optimizer(optimizer).init(params))
-    state = jax.device_put(state, state_shardings(config, optimizer, mesh))
+    state = jax.device_put(state, shardings(abstract_state(config, optimizer, mesh)))
     compiled = compile_step(config, optimizer, mesh, micro_batches=1, sources=1)
 
     tokens = make_tokens(shape)

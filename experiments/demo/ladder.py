@@ -39,7 +39,8 @@ from llama3_jax.scaling.figures import isoflop_plots
 from llama3_jax.scaling.runs import make_runs
 from llama3_jax.schema import parse
 from llama3_jax.training.metrics import read_metrics
-from llama3_jax.training.step import compile_step, compile_validation, init_state
+from llama3_jax.training.state import init_state
+from llama3_jax.training.step import compile_step, compile_validation
 
 BUDGETS = (6e10, 1.2e11, 2.4e11)
 # (layers, dim) of the ladder, and of what the main model may be: runs of seconds end in the steep part

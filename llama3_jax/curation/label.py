@@ -30,7 +30,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.decoding import compute_params
-from llama3_jax.model.transformer import Params, bind, project
+from llama3_jax.model.definition import Params, define
 from llama3_jax.schema import Config
 
 RUBRICS = Path(__file__).with_name("rubrics")
@@ -282,11 +282,11 @@ def _log_likelihoods(
 @functools.partial(jax.jit, static_argnums=0)
 def _log_p(config: ModelConfig, params: Params, tokens, at) -> Float[jax.Array, "R K vocab"]:
     """Log probabilities of what follows index `at` of each row."""
-    model = bind(config, params)
+    model = define(config).bind(params)
     positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.hidden(tokens, positions, jax.numpy.ones_like(tokens))
     chosen = jax.numpy.take_along_axis(hidden, at[:, :, None], axis=1)
-    return jax.nn.log_softmax(project(chosen, model.head_matrix()), axis=-1)
+    return jax.nn.log_softmax(model.logits(chosen), axis=-1)
 
 
 def _rounded(length: int) -> int:

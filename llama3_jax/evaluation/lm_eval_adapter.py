@@ -76,7 +76,7 @@ class LlamaForLmEval(TemplateLM):
         until = [until] if isinstance(until, str) else until
         temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
         (tokens,) = generate(
-            self._scorer.config,
+            self._scorer.model,
             self._scorer.params,
             [self.tok_encode(context)],
             max_new_tokens=options.get("max_gen_toks", _MAX_NEW_TOKENS),

@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
 from llama3_jax.errors import UserError
-from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import Params, logical_axes
+from llama3_jax.model.definition import Definition, ModelLike, Params, define
 from llama3_jax.parallel import sharding
 from llama3_jax.parallel.context import balanced_columns
 from llama3_jax.parallel.mesh import Layout
@@ -52,14 +51,14 @@ class Scorer:
     """
 
     def __init__(
-        self, config: ModelConfig, params: Params, layout: Layout, batch_tokens: int,
+        self, model: ModelLike, params: Params, layout: Layout, batch_tokens: int,
         xla: XlaConfig = DEFAULT, between: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """At most about `batch_tokens` tokens are computed at once, but a row a data rank at least.
 
         `between` is called before each batch, and may raise to end the scoring.
         """
-        self.config, self.params, self.layout, self.xla = config, params, layout, xla
+        self.model, self.params, self.layout, self.xla = define(model), params, layout, xla
         self._batch_tokens, self._between = batch_tokens, between
 
     def score(self, requests: Sequence[Request], length: int) -> list[Score]:
@@ -120,7 +119,7 @@ class Scorer:
             name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)
             for name, dtype in (dtypes | {"loss_mask": np.bool_}).items()
         }
-        compiled = _compile(self.config, self.layout, self.xla).lower(self.params, batch).compile()
+        compiled = _compile(self.model, self.layout, self.xla).lower(self.params, batch).compile()
         need = compiled.memory_analysis().temp_size_in_bytes
         if stats := jax.local_devices()[0].memory_stats():
             free = stats["bytes_limit"] - stats["bytes_in_use"]
@@ -149,17 +148,17 @@ class Scorer:
         host, hosts = local_rows(self.layout.mesh)
         part = slice(host * rows // hosts, (host + 1) * rows // hosts)
         own = {name: array[part] for name, array in batch.items()}
-        function = _compile(self.config, self.layout, self.xla)
+        function = _compile(self.model, self.layout, self.xla)
         scores = jax.device_get(function(self.params, sharding.put_batch(own, self.layout)))
         natural = np.argsort(balanced_columns(length, self.layout.shape["context"]))
         return scores.losses[:, natural], scores.likeliest[:, natural]
 
 
 @functools.cache
-def _compile(config: ModelConfig, layout: Layout, xla: XlaConfig):
-    params = sharding.shardings(logical_axes(config), layout)
+def _compile(model: Definition, layout: Layout, xla: XlaConfig):
+    params = sharding.shardings(model.axes(), layout)
     return jax.jit(
-        make_scores(config, layout),
+        make_scores(model, layout),
         in_shardings=(params, None),
         out_shardings=sharding.replicated(layout),
         compiler_options=xla.compiler_options(layout.platform, layout.config.tensor_pieces),

@@ -30,10 +30,14 @@ _ROWS_CHUNK = 512
 
 
 class Places(NamedTuple):
-    """Where each token lies: its position in its document, and which document (segment) that is."""
+    """Where each token lies: its position in its document, and which document (segment) that is.
+
+    Queries may have a position before which they see nothing (a sliding window); None: they see all.
+    """
 
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+    earliest: Int[Array, "B S"] | None = None
 
 
 class Spans(NamedTuple):
@@ -55,6 +59,9 @@ def make_spans(queries: Places, keys: Places, rows: Int[Array, "S"] | None = Non
     rows = jnp.arange(T) if rows is None else rows
     starts = jnp.diff(keys.segments, axis=1, prepend=-1) != 0
     first = jax.lax.cummax(jnp.where(starts, jnp.arange(T), 0), axis=1)[:, rows]
+    if queries.earliest is not None:
+        start = jnp.take_along_axis(keys.positions, first, axis=1)
+        first += jnp.maximum(queries.earliest - start, 0)
     real = queries.segments > 0
     last = jnp.broadcast_to(rows, first.shape)
     spans = Spans(jnp.where(real, first, T), jnp.where(real, last, -1))
@@ -69,7 +76,10 @@ def attention_mask(queries: Places, keys: Places) -> Bool[Array, "B S T"]:
     """
     same_document = queries.segments[:, :, None] == keys.segments[:, None, :]
     not_later = queries.positions[:, :, None] >= keys.positions[:, None, :]
-    return same_document & not_later
+    mask = same_document & not_later
+    if queries.earliest is not None:
+        mask &= keys.positions[:, None, :] >= queries.earliest[:, :, None]
+    return mask
 
 
 def attention(
@@ -103,6 +113,21 @@ def reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, 
     """The definition. Arguments and result as for `attention`."""
     del rows, spans
     B, S, H, D = q_BSHD.shape
+    weights_BKGST = _weights(q_BSHD, k_BTKD, queries, keys).astype(q_BSHD.dtype)
+    out_BSKGD = jnp.einsum("BKGST,BTKD->BSKGD", weights_BKGST, v_BTKD)
+    return out_BSKGD.reshape(B, S, H, D)
+
+
+def attention_weights(
+    q_BSHD: Float[Array, "B S H D"], k_BTKD: Float[Array, "B T K D"], queries: Places, keys: Places
+) -> Float[Array, "B H S T"]:
+    """What each query takes of each key, float32: rows sum to 1, also those of padding."""
+    B, S, H, _ = q_BSHD.shape
+    return _weights(q_BSHD, k_BTKD, queries, keys).reshape(B, H, S, -1)
+
+
+def _weights(q_BSHD, k_BTKD, queries: Places, keys: Places) -> Float[Array, "B K G S T"]:
+    B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
     mask_BST = attention_mask(queries, keys)
     q_BSKGD = q_BSHD.reshape(B, S, K, H // K, D)
@@ -110,9 +135,7 @@ def reference(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, 
         "BSKGD,BTKD->BKGST", q_BSKGD, k_BTKD, preferred_element_type=jnp.float32
     )
     scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST * D**-0.5, _MASKED)
-    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHD.dtype)
-    out_BSKGD = jnp.einsum("BKGST,BTKD->BSKGD", weights_BKGST, v_BTKD)
-    return out_BSKGD.reshape(B, S, H, D)
+    return jax.nn.softmax(scores_BKGST, axis=-1)
 
 
 def cudnn(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):
@@ -145,10 +168,10 @@ def _chunked_rows(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places) -> Arra
 
     @jax.checkpoint
     def attend(chunk):
-        q, positions, segments = chunk
-        return reference(q, k_BTKD, v_BTKD, Places(positions, segments), keys)
+        q, places = chunk
+        return reference(q, k_BTKD, v_BTKD, places, keys)
 
-    out = jax.lax.map(attend, (chunks(q_BSHD), chunks(queries.positions), chunks(queries.segments)))
+    out = jax.lax.map(attend, (chunks(q_BSHD), jax.tree.map(chunks, queries)))
     return out.swapaxes(0, 1).reshape(q_BSHD.shape)
 
 
@@ -184,8 +207,8 @@ def _scores(q_BKGSD: Array, k_BKSD: Array, places: Places, start: int, stop: int
     scores_BKNT = jnp.einsum(
         "BKND,BKTD->BKNT", q_BKND, k_BKSD[:, :, :stop], preferred_element_type=jnp.float32
     )
-    rows = Places(*(x[:, start:stop] for x in places))
-    mask = attention_mask(rows, Places(*(x[:, :stop] for x in places)))
+    rows = jax.tree.map(lambda x: x[:, start:stop], places)
+    mask = attention_mask(rows, jax.tree.map(lambda x: x[:, :stop], places))
     bias = jnp.where(mask, 0.0, _MASKED)[:, None, None]
     scores = scores_BKNT.reshape(B, K, G, stop - start, stop) + bias
     return scores.reshape(B, K, -1, stop)

@@ -3,7 +3,8 @@
 `42M` to `16.2B` are the scaling-law ladder, named by their parameters without embeddings.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -29,6 +30,15 @@ class RopeConfig(Config):
     scaling: RopeScaling | None = None
 
 
+# A class by name, and options for such classes as a mapping (held as pairs, to be hashable).
+ModuleName = Annotated[str, pydantic.Field(pattern=r"^[\w.]+:\w+$")]
+Options = Annotated[
+    tuple[tuple[str, Any], ...],
+    pydantic.BeforeValidator(lambda x: sorted(x.items()) if isinstance(x, Mapping) else x),
+    pydantic.PlainSerializer(dict),
+]
+
+
 class ModelConfig(Config):
     """Shapes of a dense Llama 3 transformer, and how it is computed.
 
@@ -38,6 +48,10 @@ class ModelConfig(Config):
     computes again: nothing; all of a layer; all but attention's result; all but the results of
     products (what is gathered over ranks is gathered again); or as `save_attention`, kept in the
     host's memory.
+
+    `attention_module`, `ffn_module` and `norm_module` name the classes of a layer's submodules as
+    `package.module:Class`, `model_module` that of the whole network; what they take of `options`
+    is theirs to say (`config.option`). See model/layers.py for how they are called.
     """
 
     vocab_size: pydantic.PositiveInt = 128_256
@@ -59,6 +73,11 @@ class ModelConfig(Config):
     swiglu: PointwiseImplementation = "reference"
     remat: Literal["none", "full", "save_attention", "save_products", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
+    attention_module: ModuleName = "llama3_jax.model.layers:Attention"
+    ffn_module: ModuleName = "llama3_jax.model.layers:FeedForward"
+    norm_module: ModuleName = "llama3_jax.model.layers:RMSNorm"
+    model_module: ModuleName = "llama3_jax.model.transformer:Transformer"
+    options: Options = ()
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -69,6 +88,16 @@ class ModelConfig(Config):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         return self
+
+    def option(self, name: str) -> Any:
+        """One of `options`.
+
+        Raises:
+          UserError: it is not set.
+        """
+        if name not in (options := dict(self.options)):
+            raise UserError(f"model.options.{name} is not set, and a module of the model needs it")
+        return options[name]
 
     def kernels(self) -> dict[str, str]:
         """Which implementation computes each operation that has several."""

@@ -16,15 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.definition import Definition, ModelLike, Params, define
 from llama3_jax.model.layers import Cache
-from llama3_jax.model.transformer import Params, bind, project
 
 # Lengths are rounded up to a multiple of it, so that similar calls share compiled programs.
 _BUCKET = 64
 
 
 def generate(
-    config: ModelConfig,
+    model: ModelLike,
     params: Params,
     prompts: Sequence[Sequence[int]],
     *,
@@ -44,6 +44,8 @@ def generate(
       UserError: an empty prompt, a token outside the vocabulary, a temperature that is negative or
         not finite, a top_p outside (0, 1], or a negative max_new_tokens.
     """
+    model = define(model)
+    config = model.config
     _check(config, prompts, max_new_tokens, temperature, top_p, stop_tokens)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
@@ -57,7 +59,7 @@ def generate(
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     cache = Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
-    params = compute_params(config, params)
+    params = compute_params(model, params)
     key, stop = jax.random.key(seed), set(stop_tokens)
     sampling = (jnp.float32(temperature), jnp.float32(top_p))
     modes = dict(greedy=temperature == 0, nucleus=top_p < 1)
@@ -66,7 +68,7 @@ def generate(
     last = lengths - 1
     for step in range(max_new_tokens):
         chosen, cache = _step(
-            config, params, cache, tokens, positions, last, key, sampling, **modes
+            model, params, cache, tokens, positions, last, key, sampling, **modes
         )  # fmt: skip
         for row, token in enumerate(np.asarray(chosen).tolist()):
             running[row] &= token not in stop
@@ -80,21 +82,22 @@ def generate(
     return output
 
 
-def compute_params(config: ModelConfig, params: Params) -> Params:
+def compute_params(model: ModelLike, params: Params) -> Params:
     """On device and, but for the norms, in the dtype in which the forward pass uses them."""
+    dtype = define(model).config.dtype
 
     def convert(path, leaf):
         is_norm = path[-1].key == "scale"
-        return jnp.asarray(leaf, jnp.float32 if is_norm else config.dtype)
+        return jnp.asarray(leaf, jnp.float32 if is_norm else dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "greedy", "nucleus"), donate_argnames="cache"
+    jax.jit, static_argnames=("definition", "greedy", "nucleus"), donate_argnames="cache"
 )
 def _step(
-    config: ModelConfig,
+    definition: Definition,
     params: Params,
     cache: Cache,
     tokens: Int[Array, "batch length"],
@@ -107,10 +110,10 @@ def _step(
     nucleus: bool,
 ) -> tuple[Int[Array, " batch"], Cache]:
     """Runs `tokens` (a prompt or one token) and chooses what follows index `last` of each row."""
-    model = bind(config, params)
+    model = definition.bind(params)
     hidden, cache = model.hidden(tokens, positions, jnp.ones_like(tokens), cache)
     rows = jnp.arange(len(tokens))
-    logits = project(hidden[rows, last][:, None], model.head_matrix())[:, 0]
+    logits = model.logits(hidden[rows, last])
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
     next_position = positions[rows, last] + 1

@@ -20,6 +20,7 @@ import numpy as np
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, write_json
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.definition import Params, define
 from llama3_jax.model.tensor_files import (
     INDEX,
     SINGLE,
@@ -28,7 +29,6 @@ from llama3_jax.model.tensor_files import (
     read_json,
     write_tensors,
 )
-from llama3_jax.model.transformer import Params, abstract_params
 from llama3_jax.schema import parse
 
 _CONFIG = "config.json"
@@ -112,7 +112,9 @@ def load(directory: Path, **overrides) -> tuple[ModelConfig, Params]:
     stored = read_headers(directory)
     tensors = list(_tensors(config))
     _check(directory, config, tensors, stored)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract_params(config))
+    params = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, np.float32), define(config).abstract_params()
+    )
     for tensor in tensors:
         _copy(tensor.in_their_layout(tensor.ours(params)), stored[tensor.name].read())
     if config.tied_head and _HEAD in stored:
@@ -143,7 +145,7 @@ def save(
       ValueError: `params` are not those of `config`.
     """
     directory = Path(directory).resolve()
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, abstract_params(config))]
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, define(config).abstract_params())]
     if shapes[0] != shapes[1]:
         raise ValueError("the parameters' shapes are not those of the config")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -177,7 +179,7 @@ def save(
 
 def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
     """Every tensor of the checkpoint."""
-    abstract = abstract_params(config)
+    abstract = define(config).abstract_params()
     for name, (path, input_axes) in _TENSORS.items():
         if name == _HEAD and config.tied_head:
             continue

@@ -8,6 +8,8 @@ Shapes: B batch, S length, s = S / tensor ranks, T length of a whole row, M mode
 heads, K KV heads, D head dim, F FFN dim; H, K and F are one rank's.
 """
 
+import dataclasses
+import importlib
 from typing import NamedTuple
 
 import jax
@@ -16,19 +18,30 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llama3_jax.kernels.attention import Places, Spans, attention
+from llama3_jax.errors import UserError
+from llama3_jax.kernels.attention import (
+    Places,
+    Spans,
+    attention,
+    attention_weights,
+    make_spans,
+)
 from llama3_jax.kernels.linear import linear_pieces
 from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.products import gathered_products
+from llama3_jax.model.sowing import is_captured, sow_statistic
 from llama3_jax.parallel.ranks import ALONE, Ranks
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
     """A float32 parameter drawn from a normal distribution; std 0 means all ones (a norm)."""
     if std == 0:
-        return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+        value = jnp.ones(shape, jnp.float32)
+    else:
+        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    # Logical names, not those of a mesh in context: nothing is to be sharded here.
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 class Cache(NamedTuple):
@@ -38,12 +51,14 @@ class Cache(NamedTuple):
     values: Float[Array, "B T K D"]
 
 
-class Context(NamedTuple):
-    """What every layer shares: RoPE tables, and where queries and keys lie.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer gets beside its input: RoPE tables, where queries and keys lie, the ranks.
 
     `rows` are the queries' indices among the keys where they are not simply all of them, `spans`
     the mask as attention="triton" takes it. With a cache, a new key goes to the slot of its
-    position.
+    position. `layer` is the layer's number, from 0.
     """
 
     rope: tuple[Array, Array]
@@ -51,6 +66,8 @@ class Context(NamedTuple):
     keys: Places
     rows: Int[Array, "S"] | None = None
     spans: Spans | None = None
+    layer: Int[Array, ""] | None = None
+    ranks: Ranks = dataclasses.field(default=ALONE, metadata={"static": True})
 
 
 class RMSNorm(nnx.Module):
@@ -85,8 +102,9 @@ class Attention(nnx.Module):
         self.implementation, self.rotary, self.kv_heads = config.attention, config.rotary, K
 
     def __call__(
-        self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None, ranks: Ranks
+        self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None = None
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
+        ranks = context.ranks
         key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
         weights = self.query[...], key, value
         flat = tuple(w.reshape(w.shape[0], -1) for w in weights)
@@ -94,6 +112,7 @@ class Attention(nnx.Module):
             ranks.join_gathered([_kept(p).reshape(*p.shape[:2], *w.shape[1:]) for p in pieces])
             for pieces, w in zip(gathered_products(x_BsM, flat, ranks), weights, strict=True)
         )
+        q_BSHD, k_BSKD = self.before_rope(q_BSHD, k_BSKD, context)
         q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, context.rope, self.rotary)
         k_BTKD, v_BTKD = ranks.gather_keys(k_BSKD), ranks.gather_keys(v_BSKD)
         implementation = self.implementation
@@ -104,6 +123,10 @@ class Attention(nnx.Module):
             )
             k_BTKD, v_BTKD = cache
             implementation = "reference"  # the others are made for whole rows
+        context = self.visible(context)
+        if is_captured(self, nnx.Intermediate):
+            weights_BHST = attention_weights(q_BSHD, k_BTKD, context.queries, context.keys)
+            self.sow(nnx.Intermediate, "weights", weights_BHST)
         out_BSHD = attention(
             q_BSHD, k_BTKD, v_BTKD, context.queries, context.keys, implementation, context.rows,
             context.spans,
@@ -112,6 +135,16 @@ class Attention(nnx.Module):
         out_BSN = out_BSHD.reshape(*out_BSHD.shape[:2], H * D)
         parts = linear_pieces(ranks.split_gathered(out_BSN), self.out[...].reshape(H * D, M))
         return ranks.scatter_pieces(parts), cache
+
+    def before_rope(
+        self, q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], context: Context
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"]]:
+        """For subclasses: what is done to queries and keys before they are rotated."""
+        return q, k
+
+    def visible(self, context: Context) -> Context:
+        """For subclasses: the context with a restriction of what queries see (`see_from`)."""
+        return context
 
 
 def _kept(x: Array) -> Array:
@@ -130,31 +163,63 @@ class FeedForward(nnx.Module):
         self.down = parameter(rngs, (F, M), ("mlp", "embed"), out_std)
         self.swiglu = config.swiglu
 
-    def __call__(self, x_BsM: Float[Array, "B s M"], ranks: Ranks) -> Float[Array, "B s M"]:
-        gates, ups = gathered_products(x_BsM, (self.gate[...], self.up[...]), ranks)
+    def __call__(self, x_BsM: Float[Array, "B s M"], context: Context) -> Float[Array, "B s M"]:
+        weights = self.gate[...], self.up[...]
+        gates, ups = gathered_products(x_BsM, weights, context.ranks)
         inner_BPF = [
             swiglu(_kept(gate), _kept(up), self.swiglu) for gate, up in zip(gates, ups, strict=True)
         ]
-        return ranks.scatter_pieces(linear_pieces(inner_BPF, self.down[...]))
+        return context.ranks.scatter_pieces(linear_pieces(inner_BPF, self.down[...]))
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block; its submodules are of the classes that the config names.
+
+    They are made as `Class(config, rngs=rngs)` and called as `norm(x)`, `attention(x, context,
+    cache) -> (y, cache)` and `ffn(x, context) -> y`.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.ffn_norm = RMSNorm(config, rngs=rngs)
-        self.ffn = FeedForward(config, rngs=rngs)
+        norm, attention, ffn = map(
+            load_class, (config.norm_module, config.attention_module, config.ffn_module)
+        )
+        self.attention_norm = norm(config, rngs=rngs)
+        self.attention = attention(config, rngs=rngs)
+        self.ffn_norm = norm(config, rngs=rngs)
+        self.ffn = ffn(config, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B s M"],
-        context: Context,
-        cache: Cache | None = None,
-        ranks: Ranks = ALONE,
+        self, x: Float[Array, "B s M"], context: Context, cache: Cache | None = None
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         x = checkpoint_name(x, "block_input")
-        attended, cache = self.attention(self.attention_norm(x), context, cache, ranks)
-        x, normed = self.ffn_norm.after_adding(x, checkpoint_name(attended, "product"))
-        return x + self.ffn(normed, ranks), cache
+        self.sow(nnx.Intermediate, "input", x)
+        attended, cache = self.attention(self.attention_norm(x), context, cache)
+        attended = checkpoint_name(attended, "product")
+        if isinstance(self.ffn_norm, RMSNorm):
+            x, normed = self.ffn_norm.after_adding(x, attended)
+        else:
+            x = x + attended
+            normed = self.ffn_norm(x)
+        output = x + self.ffn(normed, context)
+        sow_statistic(self, "output", output)
+        return output, cache
+
+
+def see_from(context: Context, earliest: Int[Array, "B S"]) -> Context:
+    """The context in which a query sees nothing before position `earliest` of its document."""
+    queries = context.queries._replace(earliest=earliest)
+    spans = context.spans and make_spans(queries, context.keys, context.rows)
+    return dataclasses.replace(context, queries=queries, spans=spans)
+
+
+def load_class(name: str) -> type[nnx.Module]:
+    """The class `package.module:Class`.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name} cannot be loaded: {error}") from None

@@ -29,24 +29,26 @@ class Parts(NamedTuple):
     """The network's pieces as functions of one rank's arrays.
 
     inputs(m): what all layers share of micro-batch m. first(variables, shared) -> x: the embedding.
-    layer(constants, variables, x, shared) -> x: one block. last(variables, x, shared) -> (loss,
-    sums): the head; `sums` is a tree to be added up. `ends` are the variables of first and last by
-    name, `first_keys` and `last_keys` those that each needs.
+    layer(constants, variables, x, shared) -> ((x, loss), sums): one block, its part of the loss, and
+    a tree with `combined`. last(variables, x, shared) -> (loss, sums): the head; `sums` is a tree to
+    be added up. `ends` are the variables of first and last by name, `first_keys` and `last_keys`
+    those that each needs.
     """
 
     inputs: Callable[[Array], Any]
     first: Callable[[dict, Any], Array]
-    layer: Callable[[Any, Any, Array, Any], Array]
+    layer: Callable[[Any, Any, Array, Any], tuple[tuple[Array, Array], Any]]
     last: Callable[[dict, Array, Any], tuple[Array, Any]]
     first_keys: tuple[str, ...]
     last_keys: tuple[str, ...]
 
 
 class Result(NamedTuple):
-    """Of this rank alone: other ranks hold the rest of the sums."""
+    """Of this rank alone: other ranks hold the rest. `layers` is stacked as the blocks are."""
 
     loss: Array
     sums: Any
+    layers: Any
     block_gradients: Any
     end_gradients: dict
     ticks: Array
@@ -144,9 +146,8 @@ def run_schedule(
         index = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
         return jax.tree.map(index, constants), jax.tree.map(index, variables)
 
-    split = None
-    if training:
-        split = SplitLayer(parts.layer, (*weights(0), x_zero, parts.inputs(jnp.int32(0))))
+    example = (*weights(0), x_zero, parts.inputs(jnp.int32(0)))
+    split = SplitLayer(parts.layer, example) if training else None
 
     def if_present(layer, v, function, *operands):
         """A place of the stack that holds no layer is skipped."""
@@ -165,15 +166,24 @@ def run_schedule(
         (x,) = _when("embedding", first_chunk, embedding, _read(carry["arrived"], row["take"]))
 
         def layer(state, number):
-            def apply(x, kept):
-                y, new = _apply_layer(split, parts, weights(v * most + number), x, shared)
-                place = row["keep"] * most + number
-                return y, [_write(b, place, n) for b, n in zip(kept, new, strict=True)]
+            def apply(x, kept, layers, loss):
+                place = v * most + number
+                ((y, own_loss), own), new = _apply_layer(split, parts, weights(place), x, shared)
+                so_far = jax.tree.map(lambda s: s[place], layers)
+                layers = jax.tree.map(
+                    lambda s, value: s.at[place].set(value), layers, so_far.combined(own)
+                )
+                slot = row["keep"] * most + number
+                kept = [_write(b, slot, n) for b, n in zip(kept, new, strict=True)]
+                return y, kept, layers, loss + own_loss
 
             return if_present(number, v, apply, *state), None
 
-        (x, kept), _ = lax.scan(layer, (x, carry["kept"]), jnp.arange(most))
-        carry = carry | {"kept": kept}
+        (head_loss, sums) = carry["loss"]
+        (x, kept, layers, head_loss), _ = lax.scan(
+            layer, (x, carry["kept"], carry["layers"], head_loss), jnp.arange(most)
+        )
+        carry = carry | {"kept": kept, "layers": layers, "loss": (head_loss, sums)}
         if training:
             (finals,) = _when(
                 "head", last_chunk, lambda b: (_write(b, row["final"], x),), carry["finals"]
@@ -258,6 +268,8 @@ def run_schedule(
         return jnp.zeros((size, *shape), dtype)
 
     kept = [] if split is None else split.shapes()
+    _, own = jax.eval_shape(parts.layer, *example)
+    layers = jax.tree.map(lambda s: buffer(V * most, s.shape, s.dtype), own)
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     carry = {
         "arrived": buffer(max(plan.sizes["arrived"], 1), x_zero.shape, x_zero.dtype),
@@ -267,6 +279,7 @@ def run_schedule(
         "sent": x_zero,
         "sent_back": x_zero,
         "loss": loss_sums,
+        "layers": layers,
         "block_gradients": zeros(variables) if training else None,
         "end_gradients": zeros(ends) if training else None,
         "ticks": jnp.int32(0),
@@ -275,7 +288,8 @@ def run_schedule(
         rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
         carry, _ = lax.scan(functools.partial(tick, directions), carry, rows)
     loss, sums = carry["loss"]
-    return Result(loss, sums, carry["block_gradients"], carry["end_gradients"], carry["ticks"])
+    gradients = carry["block_gradients"], carry["end_gradients"]
+    return Result(loss, sums, carry["layers"], *gradients, carry["ticks"])
 
 
 def _when(name: str, condition: Array, function: Callable, *state: Any) -> Any:
@@ -293,7 +307,7 @@ def _when(name: str, condition: Array, function: Callable, *state: Any) -> Any:
         )[1]
 
 
-def _apply_layer(split, parts, weights, x, shared) -> tuple[Array, list[Array]]:
+def _apply_layer(split, parts, weights, x, shared) -> tuple[Any, list[Array]]:
     if split is None:
         return parts.layer(*weights, x, shared), []
     return split.forward(*weights, x, shared)

@@ -26,12 +26,23 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def _is_axes(leaf: Any) -> bool:
-    return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
+def is_axes(leaf: Any) -> bool:
+    """Whether it is a tuple of logical names; None stands for a dimension that is never split."""
+    return isinstance(leaf, tuple) and all(name is None or isinstance(name, str) for name in leaf)
 
 
-def mesh_axes(axis: str, layout: Layout | MeshConfig) -> tuple[str, ...]:
-    """The mesh axes of more than one rank over which a logical axis is split."""
+def mesh_axes(axis: str | None, layout: Layout | MeshConfig) -> tuple[str, ...]:
+    """The mesh axes of more than one rank over which a logical axis is split.
+
+    Raises:
+      UserError: no such logical axis.
+    """
+    if axis is None:
+        return ()
+    if axis not in TABLE:
+        raise UserError(
+            f"logical axis {axis!r} of a parameter is unknown; known: {', '.join(TABLE)}"
+        )
     mesh = getattr(layout, "config", layout)
     if axis == "kv_heads" and mesh.kv_heads == "replicated":
         return ()
@@ -40,7 +51,7 @@ def mesh_axes(axis: str, layout: Layout | MeshConfig) -> tuple[str, ...]:
     return tuple(name for name in names if mesh.shape[name] > 1)
 
 
-def spec(axes: tuple[str, ...], layout: Layout) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], layout: Layout) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names."""
     split = [mesh_axes(axis, layout) for axis in axes]
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
@@ -48,13 +59,13 @@ def spec(axes: tuple[str, ...], layout: Layout) -> PartitionSpec:
 
 def specs(axes_tree: Any, layout: Layout) -> Any:
     """A tree of logical axes tuples to a tree of PartitionSpecs."""
-    return jax.tree.map(lambda axes: spec(axes, layout), axes_tree, is_leaf=_is_axes)
+    return jax.tree.map(lambda axes: spec(axes, layout), axes_tree, is_leaf=is_axes)
 
 
 def shardings(axes_tree: Any, layout: Layout) -> Any:
     """A tree of logical axes tuples to a tree of NamedShardings."""
     return jax.tree.map(
-        lambda axes: NamedSharding(layout.mesh, spec(axes, layout)), axes_tree, is_leaf=_is_axes
+        lambda axes: NamedSharding(layout.mesh, spec(axes, layout)), axes_tree, is_leaf=is_axes
     )
 
 
@@ -64,7 +75,7 @@ def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout | MeshConfi
     Raises:
       UserError: names the parameter's axis, its size and the mesh axis.
     """
-    all_axes = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
+    all_axes = jax.tree.leaves(axes_tree, is_leaf=is_axes)
     for axes, array in zip(all_axes, jax.tree.leaves(shapes_tree), strict=True):
         for axis, size in zip(axes, array.shape, strict=True):
             names = () if axis == "layers" else mesh_axes(axis, layout)
@@ -81,7 +92,7 @@ def check_divisible(axes_tree: Any, shapes_tree: Any, layout: Layout | MeshConfi
 
 
 def _check_replicated(axes_tree: Any, shapes_tree: Any, tensor: int) -> None:
-    all_axes = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
+    all_axes = jax.tree.leaves(axes_tree, is_leaf=is_axes)
     for axes, array in zip(all_axes, jax.tree.leaves(shapes_tree), strict=True):
         size = array.shape[axes.index("kv_heads")] if "kv_heads" in axes else tensor
         if tensor % size:

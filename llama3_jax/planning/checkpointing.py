@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llama3_jax.parallel.mesh import AXES, Layout
 from llama3_jax.planning.case import Case
-from llama3_jax.training.step import abstract_canonical, abstract_state
+from llama3_jax.training.state import abstract_state
 
 
 class CheckpointBytes(NamedTuple):
@@ -28,7 +28,7 @@ def checkpoint_bytes(case: Case) -> CheckpointBytes:
     shape = tuple(case.mesh.shape.values())
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     layout = Layout(case.mesh, mesh)
-    saved = abstract_canonical(case.model, case.optimizer, layout)
+    saved = abstract_state(case.model, case.optimizer, layout, saved=True)
     held = _local_bytes(saved)
     pipe = case.mesh.pipe
     exchanged = 0

@@ -17,7 +17,8 @@ from llama3_jax.errors import UserError
 from llama3_jax.parallel import sharding
 from llama3_jax.parallel.mesh import Layout, make_mesh
 from llama3_jax.planning.case import GPUS_PER_HOST, Case
-from llama3_jax.training.step import abstract_state, compile_step
+from llama3_jax.training.state import abstract_state
+from llama3_jax.training.step import compile_step
 
 # What XLA asks of a chip to compile for it: an H100 SXM (data sheet; CUDA programming guide, table
 # of compute capability 9.0).

@@ -6,7 +6,7 @@ from typing import Any
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import needle_summary
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import Params
+from llama3_jax.model.definition import Params
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import of_first
 from llama3_jax.recipe.prepare import Run, needle_lengths

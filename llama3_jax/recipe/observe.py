@@ -16,8 +16,8 @@ from llama3_jax.data.validation import validation_batches
 from llama3_jax.data.workers import ahead
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.decoding import compute_params, generate
+from llama3_jax.model.definition import Params
 from llama3_jax.model.flops import training_flops
-from llama3_jax.model.transformer import Params
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import is_first, local_rows
 from llama3_jax.parallel.sharding import put_batch

@@ -9,7 +9,7 @@ from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.suite import Suite
-from llama3_jax.model.transformer import abstract_params, logical_axes
+from llama3_jax.model.definition import define
 from llama3_jax.parallel.context import imbalance
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.parallel.sharding import check_batch, check_divisible
@@ -125,7 +125,7 @@ def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
         raise UserError(
             "config.mesh: no stage uses it, for the first sets config.stages.0.mesh: set it there"
         )
-    axes, arrays = logical_axes(config.model), abstract_params(config.model)
+    axes, arrays = define(config.model).axes(), define(config.model).abstract_params()
     for number, stage in enumerate(timeline.stages):
         shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
         if config.validation:

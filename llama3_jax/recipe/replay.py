@@ -17,14 +17,8 @@ from llama3_jax.recipe.prepare import Run, follow, leave_out
 from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint, Restored
 from llama3_jax.training.events import Events
 from llama3_jax.training.health import Health
-from llama3_jax.training.step import (
-    TrainState,
-    abstract_canonical,
-    compile_step,
-    from_canonical,
-    init_state,
-    to_canonical,
-)
+from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout
+from llama3_jax.training.step import compile_step
 
 
 def replay(run: Run, workdir: Path, number: int) -> str:
@@ -56,7 +50,7 @@ def replay(run: Run, workdir: Path, number: int) -> str:
         step = restored.step
         layout = layouts[timeline.stage_index(step)]
         state = TrainState(restored.params, restored.optimizer)
-        state = from_canonical(state, config.model, config.optimizer, layout)
+        state = relayout(state, config.model, None, layout, config.optimizer)
         health = Health(config.health, restored.metadata.get("health", ()))
     elif config.init_from:
         raise UserError(f"{workdir}: no checkpoint of step {last} or before, and the run began "
@@ -70,9 +64,9 @@ def replay(run: Run, workdir: Path, number: int) -> str:
         index = timeline.stage_index(step)
         stage = timeline.stages[index]
         if layouts[index] != layout:
-            state = to_canonical(state, config.model, layout)
+            state = relayout(state, config.model, layout, None)
             layout = layouts[index]
-            state = from_canonical(state, config.model, config.optimizer, layout)
+            state = relayout(state, config.model, None, layout, config.optimizer)
         model = config.model.model_copy(update={"rope": stage.rope})
         step_function = compile_step(
             model, config.optimizer, layout, stage.micro_batches, len(run.batches.sources),
@@ -99,8 +93,8 @@ def _restore(
         return None
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep_last=1, keep_every=1)  # none is saved
     for step in reversed([s for s in checkpoints.steps() if s <= last]):
-        abstract = abstract_canonical(
-            config.model, config.optimizer, layouts[timeline.stage_index(step)]
+        abstract = abstract_state(
+            config.model, config.optimizer, layouts[timeline.stage_index(step)], saved=True
         )
         try:
             if _same_batches(checkpoints.metadata(step), left_out, run, step):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llama3_jax.errors import UserError
-from llama3_jax.model.transformer import Params
+from llama3_jax.model.definition import Params
 from llama3_jax.training.checkpoint import LoadedModel, load_model
 
 

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import Params, abstract_params
+from llama3_jax.model.definition import Params, define
 from llama3_jax.parallel import processes
 from llama3_jax.training.damage import DamagedCheckpoint, brief, deepest, proof_of_damage
 
@@ -356,7 +356,7 @@ def save_model(
 def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = None) -> LoadedModel:
     """Weights from a model directory, a checkpoint, or a run's workdir (its newest checkpoint).
 
-    They are put where `abstract(config)` says (see `step.abstract_canonical`), by default on the
+    They are put where `abstract(config)` says (see `state.abstract_params`), by default on the
     first device.
 
     Raises:
@@ -384,7 +384,8 @@ def load_model(path: Path, abstract: Callable[[ModelConfig], Params] | None = No
 def _on_first_device(config: ModelConfig) -> Params:
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), abstract_params(config)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first),
+        define(config).abstract_params(),
     )
 
 

@@ -4,18 +4,21 @@ Inside, everything is one rank's: its shards of the weights, its rows and column
 collectives stand in parallel/ranks.py and parallel/fsdp.py, the pipeline in parallel/pipeline.py.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from llama3_jax.model import transformer
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.definition import BLOCKS, Definition, ModelLike, Params, define
 from llama3_jax.model.layers import Context
-from llama3_jax.model.transformer import Params, logical_axes
+from llama3_jax.model.sowing import AuxiliaryLoss, LayerSums, Statistic, auxiliary, layer_sums
 from llama3_jax.parallel import sharding
 from llama3_jax.parallel.fsdp import NOT_SHARDED, Fsdp, Weights
 from llama3_jax.parallel.mesh import Layout
@@ -28,11 +31,19 @@ Batch = dict[str, Array]
 
 
 class LossSums(NamedTuple):
-    """Sums of masked losses in nats, over the whole batch and by source, and counts by source."""
+    """Sums over the whole batch, in nats: what is differentiated (losses of the loss mask and
+    auxiliary ones), the masked losses alone and by source; counts by source; what layers sowed."""
 
+    objective: Float[Array, ""]
     total: Float[Array, ""]
     by_source: Float[Array, "sources"]
     tokens_by_source: Float[Array, "sources"]
+    layers: LayerSums | None = None
+
+    def combined(self, other: "LossSums") -> "LossSums":
+        """Of further micro-batches."""
+        sums = jax.tree.map(jnp.add, self._replace(layers=None), other._replace(layers=None))
+        return sums._replace(layers=self.layers.combined(other.layers))
 
 
 class Scores(NamedTuple):
@@ -40,6 +51,10 @@ class Scores(NamedTuple):
 
     losses: Float[Array, "rows length"]
     likeliest: Array
+
+
+class _Nothing(nnx.Variable):
+    """Sown by nobody."""
 
 
 class _Shared(NamedTuple):
@@ -52,67 +67,88 @@ class _Shared(NamedTuple):
 class _Model(NamedTuple):
     """The network on one rank."""
 
-    config: ModelConfig
+    definition: Definition
     layout: Layout
     ranks: Ranks
     fsdp: Fsdp
     dims: Params
     specs: Params
     sources: int
+    statistics: bool
+
+    @property
+    def kinds(self) -> tuple[type, type]:
+        """What is kept of what blocks sow: without statistics nothing of the second kind."""
+        return AuxiliaryLoss, Statistic if self.statistics else _Nothing
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.definition.config
+
+    @property
+    def first_names(self) -> tuple[str, ...]:
+        return self.definition.bind({}).first_names
+
+    @property
+    def last_names(self) -> tuple[str, ...]:
+        return self.definition.bind({}).last_names
 
     def shared(self, batch: Batch) -> _Shared:
-        context = transformer.make_context(
-            self.config, batch["positions"], batch["segment_ids"], self.ranks
+        context = self.definition.bind({}).context(
+            batch["positions"], batch["segment_ids"], self.ranks
         )
         return _Shared(batch, context)
 
-    def first(self, weights: Weights, shared: _Shared) -> Array:
-        table = self.fsdp.open(weights, {"embedding": self.dims["embedding"]})["embedding"]
-        return transformer.embed(self.config, table, shared.batch["tokens"], self.ranks)
+    def opened(self, weights: Weights) -> Any:
+        """The module with these weights whole, of those at the network's ends."""
+        dims = {name: self.dims[name] for name in weights.variables}
+        return self.definition.bind(self.fsdp.open(weights, dims))
 
-    def open_block(self, weights: Weights) -> Params:
+    def opened_block(self, weights: Weights) -> Any:
         # One layer's arrays have lost the leading dimension of the stack.
-        dims = jax.tree.map(lambda d: d - 1 if d != NOT_SHARDED else d, self.dims["blocks"])
-        return self.fsdp.open(weights, dims)
+        dims = jax.tree.map(lambda d: d - 1 if d != NOT_SHARDED else d, self.dims[BLOCKS])
+        return self.definition.bind_block(self.fsdp.open(weights, dims))
 
-    def layer(self, constants: Any, variables: Any, x: Array, shared: _Shared) -> Array:
-        params = self.open_block(Weights(constants, variables))
-        x, _ = transformer.apply_block(self.config, params, x, shared.context, None, self.ranks)
-        return x
+    def first(self, weights: Weights, shared: _Shared) -> Array:
+        return self.opened(weights).embed(shared.batch["tokens"], self.ranks)
+
+    def layer(self, constants: Any, variables: Any, x: Array, shared: _Shared):
+        """((the block's output, its auxiliary loss), what it sowed)."""
+        constants, number = constants
+        block = self.opened_block(Weights(constants, variables))
+        context = dataclasses.replace(shared.context, layer=number)
+        x, _, sown = transformer.call_block(block, x, context, kinds=self.kinds)
+        sums = layer_sums(*sown)
+        return (x, auxiliary(sums)), sums
 
     def last(self, weights: Weights, x: Array, shared: _Shared) -> tuple[Array, LossSums]:
-        params = self.fsdp.open(weights, {k: self.dims[k] for k in weights.variables})
-        batch = shared.batch
-        mask = batch["loss_mask"]
-        total, losses = transformer.head_losses(
-            self.config, params, x, batch["targets"], mask, self.ranks
-        )
+        batch, mask = shared.batch, shared.batch["loss_mask"]
+        total, losses = self.opened(weights).losses(x, batch["targets"], mask, self.ranks)
         row_sums = jnp.sum(losses, axis=1)
         by_source = functools.partial(
             jax.ops.segment_sum, segment_ids=batch["source"], num_segments=self.sources
         )
         tokens = jnp.sum(mask, axis=1, dtype=jnp.float32)
-        return total, LossSums(total, by_source(row_sums), by_source(tokens))
+        sums = LossSums(
+            jax.lax.stop_gradient(total), jnp.sum(row_sums), by_source(row_sums), by_source(tokens)
+        )
+        return total, sums
 
     def scores(self, weights: Weights, x: Array, shared: _Shared) -> tuple[Array, Scores]:
-        params = self.fsdp.open(weights, {k: self.dims[k] for k in weights.variables})
         batch = shared.batch
-        scores = transformer.head_scores(
-            self.config, params, x, batch["targets"], batch["loss_mask"], self.ranks
-        )
+        scores = self.opened(weights).scores(x, batch["targets"], batch["loss_mask"], self.ranks)
         return jnp.zeros(()), Scores(*scores)
 
-    @property
-    def last_keys(self) -> tuple[str, ...]:
-        return ("final_norm", "embedding" if self.config.tied_head else "head")
 
-
-def make_gradients(config: ModelConfig, layout: Layout, micro_batches: int, sources: int):
+def make_gradients(
+    model: ModelLike, layout: Layout, micro_batches: int, sources: int, statistics: bool = False
+):
     """(params, batch) -> (LossSums, gradients of the summed loss), float32, on global arrays.
 
-    A micro-batch is an equal part of each data rank's rows.
+    A micro-batch is an equal part of each data rank's rows. With `statistics` the sums hold those
+    that layers sow.
     """
-    model = _model(config, layout, sources)
+    model = _model(model, layout, sources, statistics)
 
     def on_rank(params: Params, batch: Batch):
         split = jax.tree.map(
@@ -123,18 +159,17 @@ def make_gradients(config: ModelConfig, layout: Layout, micro_batches: int, sour
             sums, gradients = _accumulated(model, weights, split)
         else:
             schedule = make_schedule(layout.config, micro_batches)
-            sums, gradients = _pipelined(
-                model, schedule, weights, split, model.last, _zero_sums(model)
-            )
+            zero = _zero_sums(model)
+            sums, gradients = _pipelined(model, schedule, weights, split, model.last, zero)
         gradients = model.fsdp.finish(gradients, model.dims, model.specs)
-        return jax.tree.map(model.ranks.token_sum, sums), gradients
+        return _over_ranks(model, sums), gradients
 
-    return _on_mesh(on_rank, model, (PartitionSpec(), model.specs))
+    return _on_mesh(on_rank, model, (_sums_spec(layout), model.specs))
 
 
-def make_loss(config: ModelConfig, layout: Layout, sources: int):
+def make_loss(model: ModelLike, layout: Layout, sources: int):
     """(params, batch) -> LossSums, on global arrays; each row is a micro-batch of the pipeline."""
-    model = _model(config, layout, sources)
+    model = _model(model, layout, sources)
 
     def on_rank(params: Params, batch: Batch):
         weights = model.fsdp.start(params, model.dims)
@@ -145,14 +180,34 @@ def make_loss(config: ModelConfig, layout: Layout, sources: int):
             split = jax.tree.map(lambda x: x[:, None], batch)
             schedule = forward_only(layout.config, rows)
             sums, _ = _pipelined(model, schedule, weights, split, model.last, _zero_sums(model))
-        return jax.tree.map(model.ranks.token_sum, sums)
+        return _over_ranks(model, sums)
 
-    return _on_mesh(on_rank, model, PartitionSpec())
+    return _on_mesh(on_rank, model, _sums_spec(layout))
 
 
-def make_scores(config: ModelConfig, layout: Layout):
+def _sums_spec(layout: Layout) -> LossSums:
+    """Layers are stacked as the blocks are; the rest is the same on all ranks."""
+    stacked = PartitionSpec("pipe") if layout.config.pipe > 1 else PartitionSpec()
+    return LossSums(*[PartitionSpec()] * 4, layers=stacked)
+
+
+def _over_ranks(model: _Model, sums: LossSums) -> LossSums:
+    """Sums of this rank's tokens and layers to those of the batch."""
+    ranks, layers = model.ranks, sums.layers
+    axes = ranks.token_axes + (("tensor",) if ranks.tensor > 1 else ())
+    losses = {k: jax.lax.psum(v, axes) if axes else v for k, v in layers.losses.items()}
+    statistics = {name: m.over_ranks(axes) for name, m in layers.statistics.items()}
+    rest = jax.tree.map(ranks.token_sum, sums._replace(layers=None))
+    sums = rest._replace(layers=LayerSums(losses, statistics))
+    own = auxiliary(sums.layers)
+    if ranks.pipe > 1:
+        own = jax.lax.psum(own, "pipe")
+    return sums._replace(objective=sums.objective + own)
+
+
+def make_scores(model: ModelLike, layout: Layout):
     """(params, batch) -> Scores, on global arrays; columns lie as the batch's do."""
-    model = _model(config, layout, sources=1)
+    model = _model(model, layout, sources=1)
 
     def on_rank(params: Params, batch: Batch):
         weights = model.fsdp.start(params, model.dims)
@@ -178,16 +233,17 @@ def make_scores(config: ModelConfig, layout: Layout):
     return _on_mesh(on_rank, model, Scores(of_tokens, of_tokens))
 
 
-def _model(config: ModelConfig, layout: Layout, sources: int) -> _Model:
+def _model(model: ModelLike, layout: Layout, sources: int, statistics: bool = False) -> _Model:
+    definition = define(model)
     ranks = Ranks(**layout.shape, pieces=layout.config.tensor_pieces)
-    axes = logical_axes(config)
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    axes = definition.axes()
     dims = jax.tree.map(
         lambda names: names.index("embed") if "embed" in names else NOT_SHARDED,
-        axes, is_leaf=is_axes,
+        axes, is_leaf=sharding.is_axes,
     )  # fmt: skip
-    fsdp = Fsdp(ranks, layout.config.fsdp, jnp.dtype(config.dtype))
-    return _Model(config, layout, ranks, fsdp, dims, sharding.specs(axes, layout), sources)
+    fsdp = Fsdp(ranks, layout.config.fsdp, jnp.dtype(definition.config.dtype))
+    specs = sharding.specs(axes, layout)
+    return _Model(definition, layout, ranks, fsdp, dims, specs, sources, statistics)
 
 
 def _on_mesh(on_rank, model: _Model, out_specs):
@@ -212,13 +268,17 @@ def _loss(model: _Model, weights: Weights, batch: Batch) -> tuple[Array, LossSum
 
 def _forward(model: _Model, weights: Weights, batch: Batch, last) -> tuple[Array, Any]:
     shared = model.shared(batch)
-    x = model.first(_part(weights, ("embedding",)), shared)
-    blocks = Weights(weights.constants["blocks"], weights.variables["blocks"])
-    x, _ = transformer.run_blocks(
-        model.config, blocks, x, shared.context, ranks=model.ranks,
-        open_block=model.open_block, keeps_weights=not model.ranks.fsdp_axes,
+    x = model.first(_part(weights, model.first_names), shared)
+    x, _, sown = transformer.scan_blocks(
+        model.config, model.opened_block, Weights(weights.constants[BLOCKS],
+        weights.variables[BLOCKS]), x, shared.context, kinds=model.kinds,
+        keeps_weights=not model.ranks.fsdp_axes,
     )  # fmt: skip
-    return last(_part(weights, model.last_keys), x, shared)
+    layers = layer_sums(*sown)
+    total, sums = last(_part(weights, model.last_names), x, shared)
+    if isinstance(sums, LossSums):
+        sums = sums._replace(layers=layers)
+    return total + auxiliary(layers), sums
 
 
 def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSums, Params]:
@@ -234,10 +294,12 @@ def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSum
         return sums, gradients
 
     def accumulate(carry, batch):
-        (_, sums), gradients = value_and_grad(weights.variables, batch)
-        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+        so_far, gradients = carry
+        (_, sums), new = value_and_grad(weights.variables, batch)
+        return (so_far.combined(sums), jax.tree.map(jnp.add, gradients, new)), None
 
-    zeros = (_zero_sums(model), jax.tree.map(jnp.zeros_like, weights.variables))
+    (_, sums), _ = jax.eval_shape(value_and_grad, weights.variables, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, weights.variables))
     (sums, gradients), _ = jax.lax.scan(accumulate, zeros, split)
     return sums, gradients
 
@@ -245,8 +307,9 @@ def _accumulated(model: _Model, weights: Weights, split: Batch) -> tuple[LossSum
 def _pipelined(model: _Model, schedule, weights: Weights, split: Batch, last, zero: Any):
     """Gradients by the pipeline's schedule, or the forward alone; `zero` is what `last` adds to."""
     config, ranks = model.config, model.ranks
-    constants = {k: v for k, v in weights.constants.items() if k != "blocks"}
-    ends = {k: v for k, v in weights.variables.items() if k != "blocks"}
+    stages = make_stages(config.layers, model.layout.config)
+    constants = {k: v for k, v in weights.constants.items() if k != BLOCKS}
+    ends = {k: v for k, v in weights.variables.items() if k != BLOCKS}
 
     def with_constants(function):
         def call(variables, *arguments):
@@ -262,25 +325,29 @@ def _pipelined(model: _Model, schedule, weights: Weights, split: Batch, last, ze
         first=with_constants(model.first),
         layer=transformer.rematerialized(config, model.layer),
         last=with_constants(last),
-        first_keys=("embedding",),
-        last_keys=model.last_keys,
+        first_keys=model.first_names,
+        last_keys=model.last_names,
     )
     _, rows, length = split["tokens"].shape
     activation = jax.ShapeDtypeStruct((rows, length // ranks.tensor, config.dim), config.dtype)
+    order = jnp.asarray(stages.order).reshape(ranks.pipe, -1)[jax.lax.axis_index("pipe")]
     result = run_schedule(
         schedule,
-        make_stages(config.layers, model.layout.config),
+        stages,
         parts,
-        (weights.constants["blocks"], weights.variables["blocks"]),
+        ((weights.constants[BLOCKS], order), weights.variables[BLOCKS]),
         ends,
         (jnp.zeros(()), zero),
         activation,
     )
-    gradients = None
+    gradients, sums = None, result.sums
     if result.end_gradients is not None:
-        gradients = {**result.end_gradients, "blocks": result.block_gradients}
-    return result.sums, gradients
+        gradients = {**result.end_gradients, BLOCKS: result.block_gradients}
+    if isinstance(sums, LossSums):
+        sums = sums._replace(layers=result.layers)
+    return sums, gradients
 
 
 def _zero_sums(model: _Model) -> LossSums:
-    return LossSums(jnp.zeros(()), jnp.zeros(model.sources), jnp.zeros(model.sources))
+    by_source = jnp.zeros(model.sources)
+    return LossSums(jnp.zeros(()), jnp.zeros(()), by_source, by_source)

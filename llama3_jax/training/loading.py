@@ -9,7 +9,7 @@ from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import Params
+from llama3_jax.model.definition import Params
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model
 
 

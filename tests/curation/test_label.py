@@ -23,7 +23,7 @@ from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import abstract_params, forward
+from llama3_jax.model.definition import define, forward
 
 RUBRIC = """Judge it.
 [good] It is good.
@@ -42,7 +42,8 @@ def judge():
     )  # fmt: skip
     random = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: random.normal(0, 0.4, leaf.shape).astype(np.float32), abstract_params(config)
+        lambda leaf: random.normal(0, 0.4, leaf.shape).astype(np.float32),
+        define(config).abstract_params(),
     )
     return Judge(config, params, tokenizer)
 

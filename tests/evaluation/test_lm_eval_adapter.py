@@ -10,7 +10,7 @@ from lm_eval_case import MODEL, TOKENIZER, make_task, run_lm_eval
 from llama3_jax.evaluation import tasks
 from llama3_jax.evaluation.metrics import answer
 from llama3_jax.evaluation.scoring import Scorer
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 
 

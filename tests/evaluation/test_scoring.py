@@ -10,9 +10,9 @@ from llama3_jax.errors import UserError
 from llama3_jax.evaluation.scoring import Request, Scorer
 from llama3_jax.kernels import cross_entropy
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
-from llama3_jax.training.step import arrange
+from llama3_jax.training.state import stack_stages
 
 MODEL = ModelConfig(
     vocab_size=272, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64,
@@ -59,7 +59,7 @@ def expected(params, requests) -> list[tuple[float, bool]]:
 def test_ragged_requests_score_as_alone_in_float64(params, requests, expected, mesh):
     config = MeshConfig(**mesh)
     layout = make_mesh(config, jax.devices()[: config.devices])
-    on_mesh = jax.jit(lambda p: arrange(p, MODEL, layout))(params)
+    on_mesh = jax.jit(lambda p: stack_stages(p, MODEL, layout))(params)
     scores = Scorer(MODEL, on_mesh, layout, batch_tokens=4 * LENGTH).score(requests, LENGTH)
     np.testing.assert_allclose([s.nll for s in scores], [e[0] for e in expected], rtol=2e-5)
     assert [s.greedy for s in scores] == [e[1] for e in expected]

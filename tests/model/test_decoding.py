@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llama3_jax.errors import UserError
 from llama3_jax.model import decoding
 from llama3_jax.model.config import ModelConfig, RopeConfig, RopeScaling
+from llama3_jax.model.definition import define, init_params
 from llama3_jax.model.layers import Cache
-from llama3_jax.model.transformer import bind, forward, init_params, project
 
 VOCAB = 61
 CONFIG = ModelConfig(
@@ -31,7 +31,7 @@ def params(tied=False):
 @functools.partial(jax.jit, static_argnums=0)
 def full_logits(config, weights, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return forward(config, weights, tokens, positions, jnp.ones_like(tokens))
+    return define(config).bind(weights)(tokens, positions, jnp.ones_like(tokens))
 
 
 def reference_greedy(prompt, steps, config=CONFIG, weights=None):
@@ -54,10 +54,10 @@ def test_cached_logits_equal_the_full_forward_pass():
 
     @jax.jit
     def run(chunk, begin, cache):
-        model = bind(CONFIG, params())
+        model = define(CONFIG).bind(params())
         positions = jnp.broadcast_to(begin + jnp.arange(chunk.shape[1]), chunk.shape)
         hidden, cache = model.hidden(chunk, positions, jnp.ones_like(chunk), cache)
-        return project(hidden, model.head_matrix()), cache
+        return model.logits(hidden), cache
 
     logits = []
     for begin, end in [(0, 11), (11, 12), (12, 13), (13, 24)]:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig, RopeConfig, RopeScaling, preset
-from llama3_jax.model.transformer import abstract_params, forward
+from llama3_jax.model.definition import define, forward
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["llama3", "llama3_1", "llama3_2"]
@@ -36,7 +36,7 @@ def random_params(config, dtype="float32", seed=0):
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: random.normal(size=leaf.shape).astype(dtype).astype(np.float32),
-        abstract_params(config),
+        define(config).abstract_params(),
     )
 
 
@@ -82,7 +82,7 @@ def test_rope_scaling_matters_in_the_recorded_logits():
     tokens = golden["tokens"]
     assert tokens.shape[1] > 64  # beyond the original length
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    logits = forward(config, params, tokens, positions, jnp.ones_like(tokens))
+    logits = define(config).bind(params)(tokens, positions, jnp.ones_like(tokens))
     assert np.abs(logits - golden["logits"]).max() > 0.1
 
 
@@ -205,12 +205,12 @@ from pathlib import Path
 import jax, numpy as np
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import abstract_params
+from llama3_jax.model.definition import define
 
 config = ModelConfig(
     vocab_size=4000, dim=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn_dim=4096
 )
-params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(config))
+params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), define(config).abstract_params())
 target = Path(sys.argv[1])
 tracemalloc.start()
 hf.save(target, config, params, "float32", shard_bytes=2**24)

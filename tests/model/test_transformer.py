@@ -9,8 +9,8 @@ from llama3_jax.errors import UserError
 from llama3_jax.kernels.cross_entropy import token_losses
 from llama3_jax.kernels.pointwise import rotate
 from llama3_jax.model.config import PRESETS, ModelConfig, RopeConfig, RopeScaling, preset
+from llama3_jax.model.definition import define, init_params
 from llama3_jax.model.rope import inverse_frequencies, rope_tables
-from llama3_jax.model.transformer import abstract_params, forward, init_params, logical_axes
 
 TINY = ModelConfig(
     vocab_size=61, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, dtype="float32",
@@ -23,7 +23,7 @@ def test_exact_parameter_counts():
     published = {"8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800,
                  "3.2-1B": 1_235_814_400, "3.2-3B": 3_212_749_824}  # fmt: skip
     for name, config in PRESETS.items():
-        shapes = jax.tree.leaves(abstract_params(config))
+        shapes = jax.tree.leaves(define(config).abstract_params())
         count = sum(int(np.prod(x.shape)) for x in shapes)
         assert count == config.parameter_count()
         assert count == published.get(name, count)
@@ -37,8 +37,8 @@ def test_the_ladder_is_named_by_parameters_without_embeddings(name):
 
 
 def test_every_parameter_has_an_axis_name_for_each_dimension():
-    axes = jax.tree.leaves(logical_axes(TINY), is_leaf=lambda x: isinstance(x, tuple))
-    shapes = jax.tree.leaves(abstract_params(TINY))
+    axes = jax.tree.leaves(define(TINY).axes(), is_leaf=lambda x: isinstance(x, tuple))
+    shapes = jax.tree.leaves(define(TINY).abstract_params())
     assert [len(a) for a in axes] == [len(x.shape) for x in shapes]
 
 
@@ -56,7 +56,7 @@ def pack(documents: list[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
 
 def document_loss(config, params, tokens, positions, segments):
     """Sum of next-token losses inside documents, and the logits."""
-    logits = forward(config, params, tokens, positions, segments)
+    logits = define(config).bind(params)(tokens, positions, segments)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     losses = token_losses(logits[:, :-1], tokens[:, 1:])
     return jnp.sum(losses * inside), logits
@@ -130,16 +130,17 @@ def test_tied_head_shares_the_embedding():
     tokens, positions, segments = batch(config)
     untied = params | {"head": params["embedding"].T}
     np.testing.assert_array_equal(
-        forward(config, params, tokens, positions, segments),
-        forward(TINY, untied, tokens, positions, segments),
+        define(config).bind(params)(tokens, positions, segments),
+        define(TINY).bind(untied)(tokens, positions, segments),
     )
 
 
 def test_bfloat16_compute_is_close_and_returns_float32():
     low = TINY.model_copy(update={"dtype": "bfloat16", "init_std": 0.02})
     params = init_params(low, 0)
-    logits = forward(low, params, *batch(low))
-    expected = forward(low.model_copy(update={"dtype": "float32"}), params, *batch(low))
+    logits = define(low).bind(params)(*batch(low))
+    high = low.model_copy(update={"dtype": "float32"})
+    expected = define(high).bind(params)(*batch(low))
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=0.05 * float(jnp.std(expected)) + 1e-3)
 

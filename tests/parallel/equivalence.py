@@ -9,11 +9,11 @@ import numpy as np
 
 from llama3_jax.kernels.cross_entropy import token_losses
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import forward, init_params
+from llama3_jax.model.definition import define, init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.training.gradients import make_gradients
-from llama3_jax.training.step import arrange, to_canonical
+from llama3_jax.training.state import relayout, stack_stages
 
 # Six layers: on eight stages the first and the last hold none.
 MODEL = ModelConfig(
@@ -60,7 +60,9 @@ def serial(model: ModelConfig, params, batch):
     """Summed loss and gradients by automatic differentiation, no mesh, no micro-batches."""
 
     def loss(params):
-        logits = forward(model, params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        logits = define(model).bind(params)(
+            batch["tokens"], batch["positions"], batch["segment_ids"]
+        )
         losses = token_losses(logits, batch["targets"])
         return jnp.sum(jnp.where(batch["loss_mask"], losses, 0))
 
@@ -71,9 +73,9 @@ def on_mesh(model: ModelConfig, params, batch, config: MeshConfig, micro_batches
     """LossSums and gradients in the network's order, as the training step computes them."""
     layout = make_mesh(config)
     function = jax.jit(make_gradients(model, layout, micro_batches, SOURCES))
-    arguments = arrange(params, model, layout), put_batch(batch, layout)
+    arguments = stack_stages(params, model, layout), put_batch(batch, layout)
     sums, gradients = function.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
-    return sums, to_canonical(gradients, model, layout)
+    return sums, relayout(gradients, model, layout, None)
 
 
 def relative_errors(gradients, expected) -> dict[str, float]:

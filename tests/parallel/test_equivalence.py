@@ -15,7 +15,8 @@ from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.parallel.stages import from_stages, make_stages
 from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from llama3_jax.training.step import TrainState, compile_step, from_canonical
+from llama3_jax.training.state import TrainState, relayout
+from llama3_jax.training.step import compile_step
 from tests.parallel.equivalence import (
     FACTORISATIONS,
     MICRO_BATCHES,
@@ -72,14 +73,14 @@ def test_training_step_equals_the_serial_model(shape, options):
     # On the host: the step is given its state to overwrite.
     fresh = jax.tree.map(np.asarray, TrainState(params, make_optimizer(OPTIMIZER).init(params)))
     batch, rate = put_batch(packed_batch(), layout), np.float32(1e-2)
-    state = from_canonical(fresh, MODEL, OPTIMIZER, layout)
+    state = relayout(fresh, MODEL, None, layout, OPTIMIZER)
     lowered = compile_step(MODEL, OPTIMIZER, layout, MICRO_BATCHES, SOURCES).lower(
         state, batch, rate
     )
     step = lowered.compile(compiler_options=QUICK)
 
     def three_steps():
-        state = from_canonical(fresh, MODEL, OPTIMIZER, layout)
+        state = relayout(fresh, MODEL, None, layout, OPTIMIZER)
         states, losses = [], []
         for _ in range(3):
             state, metrics = step(state, batch, rate)

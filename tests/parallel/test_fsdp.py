@@ -6,7 +6,7 @@ import pytest
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.training.gradients import make_gradients
-from llama3_jax.training.step import abstract_params
+from llama3_jax.training.state import abstract_params
 from tests.parallel.equivalence import MICRO_BATCHES, MODEL, SOURCES, packed_batch
 
 BFLOAT16 = MODEL.model_copy(update=dict(dtype="bfloat16"))

@@ -12,7 +12,7 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.training.gradients import make_gradients
-from llama3_jax.training.step import arrange, to_canonical
+from llama3_jax.training.state import relayout, stack_stages
 from tests.parallel.equivalence import QUICK, random_params
 from tests.parallel.float64_model import summed_loss
 
@@ -86,9 +86,9 @@ MESHES = {
 def test_no_gradient_is_off_by_more_than_bfloat16_products_are(name, config):
     layout = make_mesh(config, jax.devices()[: config.devices])
     function = jax.jit(make_gradients(MODEL, layout, 4, 1))
-    arguments = arrange(random_params(MODEL), MODEL, layout), put_batch(batch(), layout)
+    arguments = stack_stages(random_params(MODEL), MODEL, layout), put_batch(batch(), layout)
     compiled = function.lower(*arguments).compile(compiler_options=QUICK)
-    gradients = to_canonical(compiled(*arguments)[1], MODEL, layout)
+    gradients = relayout(compiled(*arguments)[1], MODEL, layout, None)
     exact = jax.tree_util.tree_leaves_with_path(expected())
     for (path, right), ours in zip(exact, jax.tree.leaves(gradients), strict=True):
         error = np.linalg.norm(np.asarray(ours, np.float64) - right) / np.linalg.norm(right)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama3_jax.model.sowing import LayerSums, moments
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.pipeline import Parts, make_plan, run_schedule
 from llama3_jax.parallel.schedule import (
@@ -104,16 +105,22 @@ def toy(random: np.random.Generator, layers: int, micro_batches: int):
     return blocks, ends, batch
 
 
+def own_loss(x):
+    """What a layer adds to the loss."""
+    return 0.1 * jnp.sum(x**2)
+
+
 def serial(blocks, ends, batch):
     """Loss and gradients of the blocks' variables and the ends, one layer after the other."""
     constants, variables = blocks
 
     def loss(variables, ends):
-        x = batch["x"] * ends["embedding"]
+        x, auxiliary = batch["x"] * ends["embedding"], 0.0
         for number in range(len(variables["w"])):
             here = [jax.tree.map(lambda a: a[number], tree) for tree in (constants, variables)]  # noqa: B023
             x = layer(*here, x, batch)
-        return jnp.sum((x * ends["head"]) ** 2)
+            auxiliary = auxiliary + own_loss(x)
+        return jnp.sum((x * ends["head"]) ** 2) + auxiliary
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables, ends)
 
@@ -124,11 +131,16 @@ def piped(schedule: Schedule, config: MeshConfig, blocks, ends, batch):
     stages = make_stages(len(blocks[1]["w"]), config)
     blocks = to_stages(blocks, stages)
 
+    def layer_and_loss(*arguments):
+        x = layer(*arguments)
+        sums = LayerSums({"own": own_loss(x)}, {"x": moments(x)})
+        return (x, own_loss(x)), sums
+
     def on_rank(blocks, ends, batch):
         parts = Parts(
             inputs=lambda m: jax.tree.map(lambda x: x[m], batch),
             first=lambda own, shared: shared["x"] * own["embedding"],
-            layer=layer,
+            layer=layer_and_loss,
             last=lambda own, x, shared: (jnp.sum((x * own["head"]) ** 2), jnp.int32(1)),
             first_keys=("embedding",),
             last_keys=("head",),

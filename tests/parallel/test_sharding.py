@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from llama3_jax.errors import UserError
-from llama3_jax.model.transformer import abstract_params, logical_axes
+from llama3_jax.model.definition import define
 from llama3_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import check_batch, check_divisible, put_batch, spec
 from tests.parallel.equivalence import FACTORISATIONS, MODEL, mesh_config, packed_batch
@@ -31,7 +31,9 @@ def test_the_table(axes, shape, expected):
 
 def refusal(model, **mesh) -> str:
     with pytest.raises(UserError) as error:
-        check_divisible(logical_axes(model), abstract_params(model), make_mesh(MeshConfig(**mesh)))
+        check_divisible(
+            define(model).axes(), define(model).abstract_params(), make_mesh(MeshConfig(**mesh))
+        )
     return str(error.value)
 
 
@@ -54,7 +56,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_what_would_work()
     )
     # Layers need not divide.
     layout = make_mesh(MeshConfig(pipe=8))
-    check_divisible(logical_axes(MODEL), abstract_params(MODEL), layout)
+    check_divisible(define(MODEL).axes(), define(MODEL).abstract_params(), layout)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lm_eval_case import MODEL, TOKENIZER, make_task, run_lm_eval
 from llama3_jax.evaluation.lm_eval_adapter import LlamaForLmEval
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.model import hf
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.parity

@@ -11,7 +11,7 @@ import pytest
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig, RopeConfig, RopeScaling
 from llama3_jax.model.decoding import generate
-from llama3_jax.model.transformer import abstract_params, forward
+from llama3_jax.model.definition import define, forward
 
 pytestmark = pytest.mark.parity
 
@@ -157,7 +157,7 @@ def test_our_weights_in_their_network(tied, dtype, shard_bytes, torch, transform
         values = random.normal(mean, 0.2, size=leaf.shape)
         return values.astype(jnp.bfloat16).astype(np.float32)  # exact in both dtypes
 
-    params = jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+    params = jax.tree_util.tree_map_with_path(draw, define(config).abstract_params())
     hf.save(tmp_path / "ours", config, params, dtype, shard_bytes)
     model, info = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, output_loading_info=True

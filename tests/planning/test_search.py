@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from llama3_jax.errors import UserError
-from llama3_jax.model import transformer
 from llama3_jax.model.config import preset
-from llama3_jax.model.transformer import logical_axes
+from llama3_jax.model.definition import define
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.parallel.schedule import in_flight, in_flight_limits
 from llama3_jax.parallel.sharding import check_batch, check_divisible
@@ -31,7 +30,7 @@ class Layout:
 def test_every_layout_is_one_that_training_would_take():
     found = enumerate_cases(case("8B", 64, 16_384), 32)
     assert len({(c.mesh, c.micro_batches, c.model.remat) for c in found}) == len(found)
-    axes, shapes = logical_axes(found[0].model), transformer.abstract_params(found[0].model)
+    axes, shapes = define(found[0].model).axes(), define(found[0].model).abstract_params()
     for mesh in {c.mesh for c in found}:
         assert mesh.devices == 32
         check_divisible(axes, shapes, Layout(mesh))

@@ -6,7 +6,7 @@ import pytest
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.transformer import init_params
+from llama3_jax.model.definition import init_params
 from llama3_jax.training.averaging import RunningAverage, average_models
 from llama3_jax.training.checkpoint import load_model, save_model
 

@@ -16,14 +16,7 @@ from llama3_jax.planning.checkpointing import checkpoint_bytes
 from llama3_jax.training import checkpoint
 from llama3_jax.training.checkpoint import Checkpoints, load_model, restore_newest, save_model
 from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.step import (
-    TrainState,
-    abstract_canonical,
-    abstract_state,
-    from_canonical,
-    init_state,
-    to_canonical,
-)
+from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout
 
 MODEL = ModelConfig(
     vocab_size=64, dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
@@ -49,7 +42,7 @@ def saved(tmp_path) -> Path:
 
 
 def restore(workdir: Path, mesh: MeshConfig = MESH):
-    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(mesh))
+    abstract = abstract_state(MODEL, OPTIMIZER, make_mesh(mesh), saved=True)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=3, keep_every=None)
     restored = restore_newest(checkpoints, lambda _: abstract, lambda _: None)
     checkpoints.close()
@@ -89,23 +82,23 @@ def test_the_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, mesh):
 def test_a_state_laid_out_for_a_mesh_is_saved_as_if_there_were_none(tmp_path, name):
     """Layers spread over pipeline stages, some of them empty, come back in the network's order."""
     layout = make_mesh(MESHES[name])
-    state = to_canonical(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout)
+    state = relayout(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout, None)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1, keep_every=None)
     checkpoints.save(1, state.params, state.optimizer, {"step": 1})
     checkpoints.close()
     restored = restore(tmp_path)
     assert_state(restored, 1)
     canonical = TrainState(restored.params, restored.optimizer)
-    placed = from_canonical(canonical, MODEL, OPTIMIZER, layout)
-    again = to_canonical(placed, MODEL, layout)
+    placed = relayout(canonical, MODEL, None, layout, OPTIMIZER)
+    again = relayout(placed, MODEL, layout, None)
     assert checkpoint.checksums(again) == checkpoint.checksums(canonical)
 
 
 @pytest.mark.parametrize("name", ["uneven-pipe", "interleaved"])
 def test_no_pipeline_rank_holds_or_reads_the_whole_of_a_checkpoint(name):
     layout = make_mesh(MESHES[name])
-    state = to_canonical(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout)
-    abstract = abstract_canonical(MODEL, OPTIMIZER, layout)
+    state = relayout(init_state(MODEL, OPTIMIZER, layout, seed=1), MODEL, layout, None)
+    abstract = abstract_state(MODEL, OPTIMIZER, layout, saved=True)
     for x, a in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert x.sharding.is_equivalent_to(a.sharding, x.ndim)
         assert x.ndim == 0 or "pipe" in str(x.sharding.spec)
@@ -252,7 +245,7 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
     health = {"step": 1, "health": [[step, 0, 2.5, 1.0] for step in range(50)]}
     checkpoints.save(1, state.params, state.optimizer, health)
     checkpoints.close()
-    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(MESH))
+    abstract = abstract_state(MODEL, OPTIMIZER, make_mesh(MESH), saved=True)
     files = sorted(p for p in (tmp_path / "checkpoints/1").rglob("*") if p.is_file())
     random, found = np.random.default_rng(), 0
     for _ in range(24):
@@ -335,16 +328,16 @@ def test_a_smaller_mesh_restores_and_one_that_does_not_fit_touches_nothing(saved
 
         return restore
 
-    abstract = abstract_canonical(MODEL, OPTIMIZER, layout)
+    abstract = abstract_state(MODEL, OPTIMIZER, layout, saved=True)
     assert_state(on(abstract)(saved), 3)
     # As of a model that is narrower than the one that was saved.
     narrow = MODEL.model_copy(update={"dim": 16})
-    other = abstract_canonical(narrow, OPTIMIZER, layout)
+    other = abstract_state(narrow, OPTIMIZER, layout, saved=True)
     assert_stops_and_touches_nothing(saved, "checkpoints/3: cannot be read", on(other))
 
 
 def test_another_optimizer_is_named_and_touches_nothing(saved):
-    abstract = abstract_canonical(MODEL, OPTIMIZER, make_mesh(MESH))
+    abstract = abstract_state(MODEL, OPTIMIZER, make_mesh(MESH), saved=True)
     checkpoints = Checkpoints(saved / "checkpoints", keep_last=3, keep_every=None)
     for optimizer, message in (
         ((abstract.optimizer, abstract.params), "does not hold .'optimizer'..0..1..count"),

@@ -6,22 +6,19 @@ import pytest
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.definition import define, init_params
 from llama3_jax.model.flops import matmul_parameters, training_flops
-from llama3_jax.model.transformer import forward, init_params
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.training.gradients import make_gradients
 from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
+from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout, shardings
 from llama3_jax.training.step import (
     NO_LIMITS,
     Limits,
     StepMetrics,
-    TrainState,
     compile_step,
     compile_validation,
-    init_state,
-    state_shardings,
-    to_canonical,
 )
 
 MODEL = ModelConfig(
@@ -82,7 +79,7 @@ def test_the_loss_is_the_mean_over_the_mask_and_splits_by_source():
     params = init_params(MODEL, 0)
     loss, (sums, counts), _ = gradients(params, batch)
     logits = np.asarray(
-        forward(MODEL, params, batch["tokens"], batch["positions"], batch["segment_ids"]),
+        define(MODEL).bind(params)(batch["tokens"], batch["positions"], batch["segment_ids"]),
         np.float64,
     )
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -127,7 +124,7 @@ def run_steps_on_one_device(steps=3):
     state = TrainState(params, make_optimizer(OPTIMIZER).init(params))
     for i in range(steps):
         state, metrics = train_step(
-            state, put_batch(make_batch(seed=i), one_device()), np.float32(1e-2), config=MODEL,
+            state, put_batch(make_batch(seed=i), one_device()), np.float32(1e-2), model=define(MODEL),
             optimizer=OPTIMIZER, layout=one_device(), micro_batches=1, sources=2,
         )  # fmt: skip
     return jax.device_get(state), jax.device_get(metrics)
@@ -151,7 +148,7 @@ def test_chunks_and_tensor_ranks_begin_with_values_of_their_own():
     layout = make_mesh(MeshConfig(data=2, pipe=2, tensor=2, virtual_stages=2))
     state = init_state(model, OPTIMIZER, layout, 7)
     alone = jax.device_get(jax.jit(lambda: init_params(model, 7))())
-    on_mesh = jax.device_get(to_canonical(state.params, model, layout))
+    on_mesh = jax.device_get(relayout(state.params, model, layout, None))
     jax.tree.map(np.testing.assert_array_equal, on_mesh, alone)
     for name, weight in jax.tree_util.tree_leaves_with_path(state.params):
         if "scale" in jax.tree_util.keystr(name):
@@ -271,14 +268,14 @@ def test_meshes_that_do_not_fit_are_refused_by_name():
         make_mesh(MeshConfig(data=3))
     mesh = make_mesh(MeshConfig(tensor=8))
     with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the model's \w+ \(2\)"):
-        state_shardings(MODEL.model_copy(update={"heads": 8}), OPTIMIZER, mesh)
+        shardings(abstract_state(MODEL.model_copy(update={"heads": 8}), OPTIMIZER, mesh))
     # Two KV heads on eight tensor ranks need copies; sixteen would need none.
     model = MODEL.model_copy(update={"heads": 8})
     copies = make_mesh(MeshConfig(tensor=8, kv_heads="replicated"))
-    state_shardings(model, OPTIMIZER, copies)
+    shardings(abstract_state(model, OPTIMIZER, copies))
     with pytest.raises(UserError, match="to be a multiple of the model's kv_heads .16."):
         update = {"heads": 16, "kv_heads": 16}
-        state_shardings(MODEL.model_copy(update=update), OPTIMIZER, copies)
+        shardings(abstract_state(MODEL.model_copy(update=update), OPTIMIZER, copies))
 
 
 def test_flops_by_hand():
