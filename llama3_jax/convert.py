@@ -28,6 +28,7 @@ from llama3_jax.data import tokenizer_json
 from llama3_jax.errors import UserError
 from llama3_jax.files import atomic_path, check_output_folder
 from llama3_jax.model import hf
+from llama3_jax.model.definition import define
 from llama3_jax.training.averaging import average_models
 from llama3_jax.training.checkpoint import CHECKPOINTS, LoadedModel, load_model, save_model
 
@@ -92,7 +93,7 @@ def convert(
             f"--from={source} is neither a Hugging Face directory (config.json) nor a run, "
             "a checkpoint or a model folder"
         )
-    print(f"wrote {config.parameter_count():,} parameters to {target} ({kind})")
+    print(f"wrote {define(config).parameter_count():,} parameters to {target} ({kind})")
 
 
 @contextlib.contextmanager

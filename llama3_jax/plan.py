@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
+from llama3_jax.model.definition import define
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import check_output_file, write_json
@@ -85,7 +86,7 @@ def main(_) -> int:
 def show(plan: Plan) -> None:
     case, console = plan.case, tables.console()
     console.print(
-        f"{case.model.parameter_count():,} parameters, {tables.layout_text(case)}: "
+        f"{define(case.model).parameter_count():,} parameters, {tables.layout_text(case)}: "
         f"{case.mesh.devices:,} H100s; {case.rows:,} rows of {case.length:,} tokens in "
         f"{case.micro_batches} micro-batches; remat {case.model.remat}, fsdp {case.mesh.fsdp}, "
         f"attention {case.model.attention}"

@@ -29,7 +29,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import check_folder, write_json
 from llama3_jax.folder_lock import locked
 from llama3_jax.kernels import dispatch
-from llama3_jax.model.definition import Params
+from llama3_jax.model.definition import Params, define
 from llama3_jax.parallel import processes
 from llama3_jax.parallel.liveness import Watch
 from llama3_jax.parallel.mesh import Layout, make_mesh
@@ -52,7 +52,7 @@ from llama3_jax.recipe.measure import (
 from llama3_jax.recipe.observe import StepLog, due, validate, write_samples
 from llama3_jax.recipe.prepare import Run, context_balances, follow, leave_out, prepare
 from llama3_jax.recipe.replay import replay
-from llama3_jax.recipe.resume import check_same_run, run_metadata, start_state
+from llama3_jax.recipe.resume import check_same_run, first_state, run_metadata
 from llama3_jax.recipe.timeline import average_steps
 from llama3_jax.schema import parse
 from llama3_jax.training import sinks
@@ -69,7 +69,7 @@ from llama3_jax.training.hardware import peak_flops
 from llama3_jax.training.metrics import MetricsWriter, NoMetrics
 from llama3_jax.training.progress import RunProgress
 from llama3_jax.training.sinks import Sink
-from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout
+from llama3_jax.training.state import TrainState, abstract_state, relayout
 from llama3_jax.training.step import compile_step
 from llama3_jax.training.trace import Trace, parse_steps
 from llama3_jax.training.watchdog import Watchdog
@@ -190,11 +190,7 @@ def train_on(
     else:
         step, saved, layout = 0, {}, layouts[0]
         gate_log.back_to(0, ())
-        if config.init_from:
-            state = TrainState(*start_state(config, run.corpora, abstract[0]))
-            state = relayout(state, model, None, layout, optimizer)
-        else:
-            state = init_state(model, optimizer, layout, config.seed)
+        state = first_state(config, run.corpora, layout)
     tokenizer = next(iter(run.corpora.values())).tokenizer()
 
     # ---- log
@@ -212,7 +208,7 @@ def train_on(
     )
     peak, peak_source = peak_flops()
     progress.say(
-        f"{model.parameter_count():,} parameters, {model.dtype}, "
+        f"{define(model).parameter_count():,} parameters, {model.dtype}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) of "
         f"{jax.process_count()} process(es); "
         + (f"MFU against {peak:.3g} FLOP/s ({peak_source})" if peak else f"no MFU: {peak_source}")

@@ -14,7 +14,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.errors import UserError
 from llama3_jax.model import hf
 from llama3_jax.model.config import ModelConfig
-from llama3_jax.model.definition import init_params
+from llama3_jax.model.definition import define, init_params
 from llama3_jax.training.checkpoint import load_model, save_model
 from llama3_jax.training.loading import load_with_tokenizer
 
@@ -36,7 +36,7 @@ def test_there_and_back_is_bit_exact(tmp_path, capsys):
     convert(tmp_path / "ours", tmp_path / "default")
     stored = load_file(tmp_path / "default" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in stored.values()} == {"bfloat16"}
-    assert f"wrote {config.parameter_count():,} parameters" in capsys.readouterr().out
+    assert f"wrote {define(config).parameter_count():,} parameters" in capsys.readouterr().out
 
 
 def test_tokenizer_and_text_ends_are_those_of_the_run(tmp_path, byte_tokenizer):

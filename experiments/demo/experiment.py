@@ -20,7 +20,7 @@ from llama3_jax.errors import UserError
 from llama3_jax.files import write_json, write_text
 from llama3_jax.launching.experiment import EXPERIMENT, ROOT, XID, WorkUnit
 from llama3_jax.launching.report import SECTIONS
-from llama3_jax.model.flops import matmul_parameters
+from llama3_jax.model.definition import define
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.schema import parse
 from llama3_jax.training.metrics import read_metrics
@@ -75,7 +75,7 @@ def fit(experiment: Path) -> None:
             found = [r for r in read_metrics(run) if r["kind"] == "validation"]
             model = parse(RunConfig, json.loads((run / "config.json").read_text())).model
             rows.append(dict(
-                flops=budget, tokens=found[-1]["tokens"], params=matmul_parameters(model),
+                flops=budget, tokens=found[-1]["tokens"], params=define(model).matmul_parameters(),
                 loss=ladder.mixed(found[-1]["losses"]), label=run.name.replace(",", " "),
             ))  # fmt: skip
     ladder.write_rows(experiment / ladder.RUNS_FILE, rows)

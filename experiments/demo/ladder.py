@@ -28,7 +28,7 @@ from experiments.demo.train import (
 )
 from llama3_jax.data.validation import validation_batches
 from llama3_jax.files import write_json, write_text
-from llama3_jax.model.flops import matmul_parameters
+from llama3_jax.model.definition import define
 from llama3_jax.parallel.mesh import make_mesh
 from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.config import RunConfig, run_config
@@ -68,7 +68,7 @@ def run_ladder(result: Path, say) -> None:
             if label in done:
                 continue
             run = prepare(parse(RunConfig, config(str(result.parent), layers, dim, budget)))
-            params = matmul_parameters(run.config.model)
+            params = define(run.config.model).matmul_parameters()
             loss = mixed(train_small(run))
             rows.append(dict(flops=budget, tokens=run.timeline.tokens, params=params, loss=loss,
                              label=label))  # fmt: skip
@@ -96,7 +96,7 @@ def _read(path: Path) -> list[dict]:
 
 def config(directory: str, layers: int, dim: int, budget: float):
     """A run of the ladder, on the corpora in `directory`."""
-    params = matmul_parameters(main_shape(layers, dim))
+    params = define(main_shape(layers, dim)).matmul_parameters()
     steps = max(round(budget / 6 / params / BATCH_TOKENS), 1)
     return small_run(directory, layers, dim, steps)
 
@@ -167,9 +167,13 @@ def plan(rows: list[dict]) -> dict:
     made = {"level": fit.options.level, "spread": found["spread"], "warnings": found["warnings"]}
     if "surface" not in fit.methods:
         shape = dict(layers=LAYERS, dim=DIM, tokens=TOKENS)
-        return made | shape | dict(params=matmul_parameters(main_shape(LAYERS, DIM)), loss=None)
+        return (
+            made
+            | shape
+            | dict(params=define(main_shape(LAYERS, DIM)).matmul_parameters(), loss=None)
+        )
     optimum = found["methods"]["surface"]
-    sizes = [(matmul_parameters(main_shape(*size)), size) for size in MAIN_SIZES]
+    sizes = [(define(main_shape(*size)).matmul_parameters(), size) for size in MAIN_SIZES]
     params, (layers, dim) = min(sizes, key=lambda s: abs(math.log(s[0] / optimum["params"])))
     low, high = MAIN_TOKENS
     tokens = int(min(max(MAIN_FLOPS / 6 / params, low), high))

@@ -20,7 +20,8 @@ from absl import flags
 from llama3_jax import cli
 from llama3_jax.errors import UserError
 from llama3_jax.files import write_text
-from llama3_jax.model.flops import matmul_parameters, training_flops
+from llama3_jax.model.definition import define
+from llama3_jax.model.flops import training_flops
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import Timeline
 from llama3_jax.reporting.experiment import common_mix, weighted
@@ -58,7 +59,7 @@ def record(run: Path) -> dict[str, Any]:
     if not measured:
         raise UserError(f"{run}: it has no held-out loss")
     model, stage = config.model, timeline.stages[-1]
-    tokens, params = steps[-1]["tokens"], model.parameter_count(embeddings=False)
+    tokens, params = steps[-1]["tokens"], define(model).parameter_count(embeddings=False)
     causal = training_flops(model, 1, stage.length, 0)["causal"] / stage.length
     nominal = FLOPS_PER_PAIR * params * tokens
     return {
@@ -66,9 +67,9 @@ def record(run: Path) -> dict[str, Any]:
         "flops": _budget(run.name, nominal),
         "tokens": tokens,
         "params": params,
-        "params_with_embeddings": model.parameter_count(),
+        "params_with_embeddings": define(model).parameter_count(),
         "flops_6nd": nominal,
-        "flops_matmul": 6.0 * matmul_parameters(model) * tokens,
+        "flops_matmul": 6.0 * define(model).matmul_parameters() * tokens,
         "flops_causal": causal * tokens,
         "learning_rate": max(r["learning_rate"] for r in steps),
         "batch_tokens": stage.batch_tokens,

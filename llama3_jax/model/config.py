@@ -103,13 +103,6 @@ class ModelConfig(Config):
         """Which implementation computes each operation that has several."""
         return {operation: getattr(self, operation) for operation in KERNELS}
 
-    def parameter_count(self, embeddings: bool = True) -> int:
-        """Exact number of parameters; without embedding and head when `embeddings` is False."""
-        attention = self.dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        tables = self.vocab_size * self.dim * (1 if self.tied_head else 2)
-        return self.layers * block + self.dim + (tables if embeddings else 0)
-
 
 def _shape(layers: int, dim: int, heads: str, head_dim: int, ffn_dim: int, **rest) -> ModelConfig:
     query_heads, kv_heads = map(int, heads.split("/"))

@@ -7,10 +7,10 @@ attributes; those of the blocks are stacked over layers, so that one scan compil
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -33,6 +33,10 @@ class Definition:
     _state: nnx.State = dataclasses.field(compare=False, repr=False)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((self.config, self.shapes))
 
     def abstract_params(self) -> Params:
@@ -67,8 +71,42 @@ class Definition:
         """One block, with one layer's parameters."""
         return nnx.merge(self.block_graph, _filled(self._state[BLOCKS], params))
 
-    def parameter_count(self) -> int:
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.abstract_params()))
+    def parameter_count(self, embeddings: bool = True) -> int:
+        """Exact number of parameters; without those of the vocabulary when `embeddings` is False."""
+        return sum(p.size for p in self.parameters if embeddings or "vocab" not in p.axes)
+
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply: no norms, the embedding only as the head."""
+        matrices = [p for p in self.parameters if p.is_matrix and "vocab" not in p.axes]
+        return sum(p.size for p in matrices) + self.config.vocab_size * self.config.dim
+
+    @functools.cached_property
+    def parameters(self) -> list["Parameter"]:
+        """Of each its path, shape and logical axes."""
+        axes = jax.tree.leaves(self.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
+        shapes = jax.tree_util.tree_leaves_with_path(self.abstract_params())
+        return [
+            Parameter(".".join(str(key.key) for key in path), x.shape, names)
+            for (path, x), names in zip(shapes, axes, strict=True)
+        ]
+
+
+class Parameter(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.name.startswith(f"{BLOCKS}.")
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) - self.in_blocks > 1
 
 
 # A config, a module or its definition: what functions of a network take.

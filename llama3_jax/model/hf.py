@@ -145,13 +145,14 @@ def save(
       ValueError: `params` are not those of `config`.
     """
     directory = Path(directory).resolve()
+    _check_plain(config)
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, define(config).abstract_params())]
     if shapes[0] != shapes[1]:
-        raise ValueError("the parameters' shapes are not those of the config")
+        raise UserError("the parameters are not those of the config: the module was changed")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; name a new one")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    total_bytes = config.parameter_count() * np.dtype(dtype).itemsize
+    total_bytes = define(config).parameter_count() * np.dtype(dtype).itemsize
     if (free := shutil.disk_usage(directory.parent).free) < total_bytes:
         raise UserError(
             f"{directory.parent}: its disk has {free} bytes free, the weights need {total_bytes}"
@@ -175,6 +176,19 @@ def save(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _check_plain(config: ModelConfig) -> None:
+    """
+    Raises:
+      UserError: the network is not Hugging Face's Llama.
+    """
+    for name, field in ModelConfig.model_fields.items():
+        if name.endswith("_module") and getattr(config, name) != field.default:
+            raise UserError(
+                f"model.{name}={getattr(config, name)} has no place in Hugging Face's Llama; a model "
+                "folder keeps it (convert average, or save_pretrained with kind='model')"
+            )
 
 
 def _tensors(config: ModelConfig) -> Iterator[_Tensor]:

@@ -34,12 +34,18 @@ from llama3_jax.model.sowing import is_captured, sow_statistic
 from llama3_jax.parallel.ranks import ALONE, Ranks
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
-    """A float32 parameter drawn from a normal distribution; std 0 means all ones (a norm)."""
-    if std == 0:
-        value = jnp.ones(shape, jnp.float32)
-    else:
-        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std: float,
+    mean: float = 0.0,
+) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution; `axes` are its dimensions' logical names
+    (parallel/sharding.py), None for one that is never split."""
+    value = jnp.full(shape, mean, jnp.float32)
+    if std:
+        value += std * jax.random.normal(rngs.params(), shape, jnp.float32)
     # Logical names, not those of a mesh in context: nothing is to be sharded here.
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
@@ -73,9 +79,9 @@ class Context:
 class RMSNorm(nnx.Module):
     """Root mean square norm (Zhang & Sennrich 2019), in float32, returned in the input's dtype."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dim: int | None = None):
         self.eps, self.implementation = config.norm_eps, config.norm
-        self.scale = parameter(rngs, (config.dim,), ("norm",), std=0)
+        self.scale = parameter(rngs, (dim or config.dim,), ("norm",), std=0.0, mean=1.0)
 
     def __call__(self, x: Float[Array, "B s M"]) -> Float[Array, "B s M"]:
         return add_norm(x, None, self.scale[...], self.eps, self.implementation)[1]
@@ -105,8 +111,8 @@ class Attention(nnx.Module):
         self, x_BsM: Float[Array, "B s M"], context: Context, cache: Cache | None = None
     ) -> tuple[Float[Array, "B s M"], Cache | None]:
         ranks = context.ranks
-        key, value = (ranks.own_kv_heads(w[...], self.kv_heads) for w in (self.key, self.value))
-        weights = self.query[...], key, value
+        query, *keys_values = self.weights()
+        weights = query, *(ranks.own_kv_heads(w, self.kv_heads) for w in keys_values)
         flat = tuple(w.reshape(w.shape[0], -1) for w in weights)
         q_BSHD, k_BSKD, v_BSKD = (
             ranks.join_gathered([_kept(p).reshape(*p.shape[:2], *w.shape[1:]) for p in pieces])
@@ -135,6 +141,10 @@ class Attention(nnx.Module):
         out_BSN = out_BSHD.reshape(*out_BSHD.shape[:2], H * D)
         parts = linear_pieces(ranks.split_gathered(out_BSN), self.out[...].reshape(H * D, M))
         return ranks.scatter_pieces(parts), cache
+
+    def weights(self) -> tuple[Float[Array, "M H D"], Float[Array, "M K D"], Float[Array, "M K D"]]:
+        """For subclasses: the projections to queries, keys and values."""
+        return self.query[...], self.key[...], self.value[...]
 
     def before_rope(
         self, q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], context: Context

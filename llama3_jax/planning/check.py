@@ -7,6 +7,7 @@ from rich.table import Table
 
 from llama3_jax.data.corpus import DATASET_FILE
 from llama3_jax.errors import UserError
+from llama3_jax.model.definition import define
 from llama3_jax.planning.case import case_of
 from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.plans import Plan, make_plan
@@ -29,7 +30,7 @@ def check_run(config: RunConfig, constants: Constants) -> None:
     timeline = lay_out(config)
     plans = [make_plan(case_of(config, stage), constants, False) for stage in timeline.stages]
     Console(width=None if Console().is_terminal else 200).print(_table(timeline, plans))
-    matmuls = 6 * config.model.parameter_count() * timeline.tokens
+    matmuls = 6 * define(config.model).parameter_count() * timeline.tokens
     exact = sum(plan.case.steps * plan.cost.flops["causal"] for plan in plans)
     print(
         f"{timeline.tokens:,} tokens in {timeline.steps:,} steps; {matmuls:.3g} FLOPs as 6 x "

@@ -10,11 +10,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from llama3_jax.model.definition import define
 from llama3_jax.model.flops import training_flops
 from llama3_jax.parallel.schedule import make_schedule, simulate_times
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
 from llama3_jax.planning.constants import Constants
+from llama3_jax.planning.memory import optimizer_bytes
 from llama3_jax.planning.traffic import (
     BACKWARD,
     FORWARD,
@@ -91,8 +93,10 @@ def predict(
     parts["head"] = micro * (head_forward + head_backward) / mesh.pipe
     ends = {
         **exposed(STEP),
-        # Reads and writes parameter and two moments, reads the gradient: float32.
-        "optimizer": 28 * _stored_parameters(case) / constants.memory_bandwidth,
+        # Reads and writes parameter and optimizer state, reads the gradient: float32.
+        "optimizer": (12 + 2 * optimizer_bytes(case))
+        * _stored_parameters(case)
+        / constants.memory_bandwidth,
     }
     bubble = 0.0
     if mesh.pipe > 1:
@@ -174,4 +178,4 @@ def _head(case: Case, constants: Constants) -> tuple[float, float]:
 
 def _stored_parameters(case: Case) -> float:
     """Parameters that one GPU keeps and updates."""
-    return case.model.parameter_count() / case.mesh.devices
+    return define(case.model).parameter_count() / case.mesh.devices

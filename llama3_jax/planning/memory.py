@@ -4,13 +4,23 @@ All figures are bytes. The formulas follow parallel/ and training/: what is stor
 keeps between forward and backward, and the largest set of arrays that is alive at once beside it.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
+
 from llama3_jax.kernels.cross_entropy import CHUNK_BYTES
+from llama3_jax.model.definition import Definition, define
 from llama3_jax.parallel.schedule import in_flight_limits
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import Case
-from llama3_jax.planning.traffic import layer_parameters, stacked_layers, table_parameters
+from llama3_jax.planning.traffic import (
+    layer_parameters,
+    small_parameters,
+    stacked_layers,
+    table_parameters,
+)
+from llama3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from llama3_jax.xla import MEMORY_FRACTION
 
 _F32 = 4
@@ -19,6 +29,18 @@ _F32 = 4
 def usable(case: Case, memory: float) -> float:
     """Bytes that JAX takes of a GPU's `memory`."""
     return memory * (case.xla.memory_fraction or MEMORY_FRACTION)
+
+
+def optimizer_bytes(case: Case) -> float:
+    """Of the optimizer's state, for each parameter."""
+    return _optimizer_bytes(define(case.model), case.optimizer)
+
+
+@functools.cache
+def _optimizer_bytes(model: Definition, optimizer: OptimizerConfig) -> float:
+    state = jax.eval_shape(make_optimizer(optimizer).init, model.abstract_params())
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return total / model.parameter_count()
 
 
 class Memory(NamedTuple):
@@ -38,10 +60,11 @@ class Memory(NamedTuple):
 
 def forecast(case: Case) -> Memory:
     """The peak of a training step."""
-    mesh, model = case.mesh, case.model
+    mesh = case.mesh
     ranks = mesh.data * mesh.context
     matrices = stacked_layers(case) * layer_parameters(case) + table_parameters(case)
-    norms = (2 * stacked_layers(case) + 1) * model.dim
+    in_layer, outside = small_parameters(case)
+    norms = stacked_layers(case) * in_layer + outside
     stored = matrices / ranks + norms
     kept = mesh.fsdp == "kept" and ranks > 1
     gradients = _F32 * (matrices + norms if kept else stored)
@@ -55,7 +78,7 @@ def forecast(case: Case) -> Memory:
         temporary = max(head, layer)
     return Memory(
         parameters=_F32 * stored,
-        optimizer=2 * _F32 * stored,
+        optimizer=optimizer_bytes(case) * stored,
         gradients=gradients,
         gathered=case.width * matrices if kept else 0,
         activations=_activations(case),

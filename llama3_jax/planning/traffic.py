@@ -3,9 +3,12 @@
 Tested against those that XLA leaves in the compiled step (planning/hlo.py).
 """
 
+import functools
 from typing import NamedTuple
 
+from llama3_jax.model.definition import Definition, Parameter, define
 from llama3_jax.parallel.mesh import AXES, FSDP_AXES, MeshConfig
+from llama3_jax.parallel.sharding import mesh_axes
 from llama3_jax.parallel.stages import make_stages
 from llama3_jax.planning.case import GPUS_PER_HOST, Case
 from llama3_jax.planning.constants import Constants
@@ -28,17 +31,34 @@ class Traffic(NamedTuple):
 
 
 def layer_parameters(case: Case) -> int:
-    """Parameters of a layer's products on one tensor rank."""
-    m, tensor = case.model, case.mesh.tensor
-    kv_heads = m.kv_heads if case.mesh.kv_heads == "replicated" else m.kv_heads // tensor
-    attention = m.dim * m.head_dim * (2 * m.heads // tensor + 2 * kv_heads)
-    return attention + 3 * m.dim * m.ffn_dim // tensor
+    """Parameters of a layer that FSDP shards, on one tensor rank."""
+    return sum(n for p, n in _on_tensor_rank(case) if p.in_blocks and "embed" in p.axes)
 
 
 def table_parameters(case: Case) -> int:
-    """Parameters of embedding and head on one tensor rank."""
-    m = case.model
-    return m.vocab_size * m.dim * (1 if m.tied_head else 2) // case.mesh.tensor
+    """Parameters outside of layers that FSDP shards (embedding and head), on one tensor rank."""
+    return sum(n for p, n in _on_tensor_rank(case) if not p.in_blocks and "embed" in p.axes)
+
+
+def small_parameters(case: Case) -> tuple[int, int]:
+    """Parameters that FSDP does not shard, of a layer and outside of layers."""
+    small = [(p, n) for p, n in _on_tensor_rank(case) if "embed" not in p.axes]
+    return tuple(sum(n for p, n in small if p.in_blocks is inside) for inside in (True, False))
+
+
+def _on_tensor_rank(case: Case) -> list[tuple[Parameter, int]]:
+    """Every parameter with its elements on one tensor rank, one layer's of those in blocks."""
+    return _sizes(define(case.model), case.mesh)
+
+
+@functools.cache
+def _sizes(model: Definition, mesh: MeshConfig) -> list[tuple[Parameter, int]]:
+    found = []
+    for parameter in model.parameters:
+        size = parameter.size // (model.config.layers if parameter.in_blocks else 1)
+        split = any("tensor" in mesh_axes(axis, mesh) for axis in parameter.axes)
+        found.append((parameter, size // mesh.tensor if split else size))
+    return found
 
 
 def stacked_layers(case: Case) -> int:

@@ -69,12 +69,15 @@ class SampleConfig(Config):
 class RunConfig(Config):
     """A training run. `max_bad_steps` consecutive steps that were not applied stop it.
 
-    `init_from` is the directory of another run whose newest checkpoint gives the first parameters
-    and optimizer state: a new run, with its own data, seed and timeline.
+    `init_from` gives the first parameters of a new run with its own data, seed and timeline: another
+    run, whose newest checkpoint gives the optimizer's state too; or a model folder or Hugging Face
+    weights. `init_anew` names parameters, by the last part of their name, that these lack and that
+    start as in a fresh model; the optimizer then starts afresh.
     """
 
     seed: int = pydantic.Field(0, ge=0, lt=2**32)  # jax.random.key takes others for one of these
     init_from: str | None = None
+    init_anew: tuple[str, ...] = ()
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig
@@ -110,6 +113,8 @@ def _overridable(value: Any) -> Any:
         return {
             name: _placeholder(field.annotation)
             if getattr(value, name) is None
+            else dict(getattr(value, name))
+            if _is_mapping(field)
             else _overridable(getattr(value, name))
             for name, field in fields.items()
         }
@@ -120,6 +125,11 @@ def _overridable(value: Any) -> Any:
         items = map(_overridable, value)
         return tuple(ml_collections.ConfigDict(i) if isinstance(i, dict) else i for i in items)
     return value
+
+
+def _is_mapping(field: Any) -> bool:
+    """Whether it is `Options`, a mapping that is held as pairs."""
+    return any(isinstance(item, pydantic.PlainSerializer) for item in field.metadata)
 
 
 def _placeholder(annotation: Any) -> Any:

@@ -16,7 +16,7 @@ from llama3_jax.data.validation import validation_batches
 from llama3_jax.data.workers import ahead
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.decoding import compute_params, generate
-from llama3_jax.model.definition import Params
+from llama3_jax.model.definition import Params, define
 from llama3_jax.model.flops import training_flops
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import is_first, local_rows
@@ -167,7 +167,7 @@ def write_samples(
     if not samples.prompts:
         return
     if jax.process_count() > 1:
-        size = model.parameter_count() * jnp.dtype(model.dtype).itemsize
+        size = define(model).parameter_count() * jnp.dtype(model.dtype).itemsize
         if size > _GATHERED_SAMPLE_BYTES:
             progress.say(f"no samples: {size / 1e9:.1f} GB of weights on a device are too many")
             return

@@ -1,13 +1,18 @@
 """What a checkpoint says of its run, and whether a config goes on with the same one."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.dispatch import KERNELS
+from llama3_jax.model.config import ModelConfig
+from llama3_jax.parallel.mesh import Layout
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.checkpoint import (
@@ -17,6 +22,15 @@ from llama3_jax.training.checkpoint import (
     model_metadata,
 )
 from llama3_jax.training.events import EVENTS_FILE
+from llama3_jax.training.loading import load
+from llama3_jax.training.optimizer import OptimizerConfig
+from llama3_jax.training.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    init_state,
+    relayout,
+)
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
@@ -68,35 +82,76 @@ def _past_learning_rates(timeline: Timeline, step: int) -> dict[str, float]:
     return {str(s): timeline.step_learning_rate(s) for s in past}
 
 
-def start_state(
-    config: RunConfig, corpora: dict[str, Corpus], abstract: tuple[Any, Any]
-) -> tuple[Any, Any]:
-    """(parameters, optimizer state) of the newest checkpoint of `config.init_from`.
+def first_state(config: RunConfig, corpora: dict[str, Corpus], layout: Layout) -> TrainState:
+    """What a run begins with: fresh, or from `config.init_from`.
 
     Raises:
-      UserError: it has none, the newest is damaged, or it is of another model or tokenizer.
+      UserError: nothing usable there, or it is of another model or tokenizer.
     """
+    fresh = functools.partial(init_state, config.model, config.optimizer, layout, config.seed)
+    if config.init_from is None:
+        return fresh()
+    path = Path(config.init_from)
+    if (path / CHECKPOINTS).is_dir() and not config.init_anew:
+        return _of_newest_checkpoint(config, corpora, layout)
+    loaded = load(path, lambda model: abstract_params(model, layout, saved=True))
+    _check_start(config, corpora, loaded.config, loaded.tokenizer)
+    given = relayout(loaded.params, loaded.config, None, layout)
+    given = dict(jax.tree_util.tree_leaves_with_path(given))
+    state = fresh()
+
+    def choose(path, new: jax.Array) -> jax.Array:
+        if path in given:
+            return given.pop(path)
+        if path[-1].key in config.init_anew:
+            return new
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        raise UserError(
+            f"config.init_from: {config.init_from} lacks the model's parameter {name}; with "
+            f"config.init_anew=('{path[-1].key}',) it starts as in a fresh model"
+        )
+
+    params = jax.tree_util.tree_map_with_path(choose, state.params)
+    if given:
+        name = jax.tree_util.keystr(next(iter(given)), simple=True, separator=".")
+        raise UserError(f"config.init_from: {config.init_from} has {name}, the model has not")
+    return state._replace(params=params)
+
+
+def _of_newest_checkpoint(
+    config: RunConfig, corpora: dict[str, Corpus], layout: Layout
+) -> TrainState:
+    """With the optimizer's state."""
     directory = Path(config.init_from) / CHECKPOINTS
-    if not directory.is_dir():
-        raise UserError(f"config.init_from: {config.init_from} has no {CHECKPOINTS}")
     checkpoints = Checkpoints(directory, keep_last=1, keep_every=1)  # nothing is saved there
     if not (steps := checkpoints.steps()):
         raise UserError(f"config.init_from: {directory} holds no checkpoint")
     try:
         saved = checkpoints.metadata(steps[-1])
-        now = model_metadata(config.model, next(iter(corpora.values())).info.tokenizer)
-        for key, value in now["model"].items():
-            if key not in _FREE_MODEL_KEYS and saved["model"].get(key) != value:
-                raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
-                                f"trained with {saved['model'].get(key)!r}")  # fmt: skip
-        if saved["tokenizer"] != now["tokenizer"]:
-            raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
+        model = ModelConfig.model_validate(saved["model"])
+        _check_start(config, corpora, model, saved["tokenizer"])
+        abstract = abstract_state(config.model, config.optimizer, layout, saved=True)
         restored = checkpoints.restore(steps[-1], *abstract)
     except DamagedCheckpoint as error:
         raise UserError(
             f"config.init_from: {directory / str(steps[-1])} is damaged: {error}"
         ) from None
-    return restored.params, restored.optimizer
+    state = TrainState(restored.params, restored.optimizer)
+    return relayout(state, config.model, None, layout, config.optimizer)
+
+
+def _check_start(
+    config: RunConfig, corpora: dict[str, Corpus], model: ModelConfig, tokenizer: str | None
+) -> None:
+    free = (*_FREE_MODEL_KEYS, "options") if config.init_anew else _FREE_MODEL_KEYS
+    for key in ModelConfig.model_fields:
+        value, was = getattr(config.model, key), getattr(model, key)
+        is_free = key in free or config.init_anew and key.endswith("_module")
+        if not is_free and was != value:
+            raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
+                            f"trained with {was!r}")  # fmt: skip
+    if tokenizer not in (None, next(iter(corpora.values())).info.tokenizer):
+        raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -116,11 +171,14 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 f"{before!r}{reason}; restore the old value or choose another --workdir"
             )
 
+    # By way of the config: an older checkpoint lacks keys that were added since.
+    before = model_metadata(ModelConfig.model_validate(saved["model"]), None)["model"]
     for key, value in now["model"].items():
         if key not in _FREE_MODEL_KEYS:
-            compare(f"config.model.{key}", saved["model"].get(key), value)
-    for key, value in now["config"]["optimizer"].items():
-        compare(f"config.optimizer.{key}", saved["config"]["optimizer"].get(key), value)
+            compare(f"config.model.{key}", before[key], value)
+    optimizer = OptimizerConfig.model_validate(saved["config"]["optimizer"])
+    for key, value in optimizer.model_dump(mode="json").items():
+        compare(f"config.optimizer.{key}", value, now["config"]["optimizer"][key])
     compare("the tokenizer", saved["tokenizer"], now["tokenizer"])
     compare("config.seed", saved["seed"], now["seed"])
     compare("config.data.packing", saved["packing"], now["packing"])

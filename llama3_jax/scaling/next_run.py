@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import PRESETS
+from llama3_jax.model.definition import define
 from llama3_jax.scaling.profiles import profile
 from llama3_jax.scaling.runs import FLOPS_PER_PAIR, Runs
 from llama3_jax.scaling.surface import Points, Surface, fit_huber
@@ -116,7 +117,7 @@ def plan_next(runs: Runs, target_flops: float, budget: float, profile_name: str 
     rule = profile(profile_name)
     found = []
     for shape in LADDER:
-        params = float(PRESETS[shape].parameter_count(embeddings=False))
+        params = float(define(PRESETS[shape]).parameter_count(embeddings=False))
         for tokens in params * RATIOS:
             flops = FLOPS_PER_PAIR * params * tokens
             batch = rule.batch_tokens(params, tokens, flops)
@@ -124,7 +125,7 @@ def plan_next(runs: Runs, target_flops: float, budget: float, profile_name: str 
                 rate = rule.learning_rate(params, tokens, flops)
                 found.append((shape, params, tokens, batch, rate, flops))
     if not found:
-        least = min(PRESETS[shape].parameter_count(embeddings=False) for shape in LADDER)
+        least = min(define(PRESETS[shape]).parameter_count(embeddings=False) for shape in LADDER)
         raise UserError(
             f"--budget {budget:.3g} FLOPs buys no run of the ladder: {LADDER[0]} for "
             f"{LEAST_STEPS:,} steps costs {FLOPS_PER_PAIR * least * LEAST_STEPS * 250e3:.2g}"

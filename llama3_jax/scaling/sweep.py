@@ -11,7 +11,8 @@ import numpy as np
 
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import PRESETS
-from llama3_jax.model.flops import matmul_parameters, training_flops
+from llama3_jax.model.definition import define
+from llama3_jax.model.flops import training_flops
 from llama3_jax.scaling.profiles import profile
 from llama3_jax.scaling.runs import FLOPS_PER_PAIR
 
@@ -71,7 +72,7 @@ def plan_run(
     if shape not in PRESETS:
         raise UserError(f"shape {shape!r} is unknown; the ladder: {', '.join(LADDER)}")
     model, rule = PRESETS[shape], profile(profile_name)
-    params = model.parameter_count(embeddings=False)
+    params = define(model).parameter_count(embeddings=False)
     best = optimal_tokens(budget)
     unit = length * ranks
     wanted = rule.batch_tokens(budget / FLOPS_PER_PAIR / best, best, budget)
@@ -80,11 +81,11 @@ def plan_run(
     tokens = steps * batch
     counted = training_flops(model, 1, length, 0)
     return PlannedRun(
-        budget=budget, shape=shape, params=params, params_with_embeddings=model.parameter_count(),
+        budget=budget, shape=shape, params=params, params_with_embeddings=define(model).parameter_count(),
         tokens=tokens, steps=steps, batch_tokens=batch, length=length,
         learning_rate=rule.learning_rate(params, tokens, budget), warmup_steps=WARMUP_STEPS,
         flops_6nd=FLOPS_PER_PAIR * params * tokens,
-        flops_matmul=6.0 * matmul_parameters(model) * tokens,
+        flops_matmul=6.0 * define(model).matmul_parameters() * tokens,
         flops_causal=counted["causal"] / length * tokens,
     )  # fmt: skip
 

@@ -8,7 +8,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import NamedSharding
 
 from llama3_jax.model import definition
@@ -45,16 +44,18 @@ def _abstract_state(
     pipelined = layout.config.pipe > 1
     if not saved:
         params = jax.eval_shape(lambda p: stack_stages(p, model, layout), params)
-    made = make_optimizer(optimizer)
-    state = jax.eval_shape(made.init, params)
-    # Moments are sharded as their parameters are.
-    moments = optax.tree_map_params(
-        made,
-        lambda _, s: s,
-        state,
-        to,
-        transform_non_params=lambda _: sharding.replicated(layout),
-    )
+    state = jax.eval_shape(make_optimizer(optimizer).init, params)
+    own = dict(jax.tree_util.tree_leaves_with_path(params))
+    shardings_of = dict(jax.tree_util.tree_leaves_with_path(to))
+
+    def as_parameter(path, x) -> NamedSharding:
+        """A moment is sharded as the parameter whose path ends its own and whose shape it has."""
+        for start in range(len(path)):
+            if (name := path[start:]) in own and own[name].shape == x.shape:
+                return shardings_of[name]
+        return sharding.replicated(layout)
+
+    moments = jax.tree_util.tree_map_with_path(as_parameter, state)
 
     def place(path, x, s: NamedSharding) -> jax.ShapeDtypeStruct:
         s = saved_sharding(s, x.shape, _is_stacked(path)) if saved and pipelined else s

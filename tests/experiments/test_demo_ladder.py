@@ -7,7 +7,7 @@ import pytest
 
 from experiments.demo import ladder
 from experiments.demo.train import MIX, RECALL, RECALL_TOKENS, get_config, main_shape
-from llama3_jax.model.flops import matmul_parameters
+from llama3_jax.model.definition import define
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.timeline import Timeline
 from llama3_jax.scaling.surface import Surface
@@ -23,7 +23,7 @@ def rows():
     made = []
     for size in ladder.SIZES:
         for budget in ladder.BUDGETS:
-            params = matmul_parameters(main_shape(*size))
+            params = define(main_shape(*size)).matmul_parameters()
             tokens = budget / 6 / params
             loss = TRUTH.loss(params, tokens) * np.exp(0.002 * rng.normal())
             made.append(dict(flops=budget, tokens=tokens, params=params, loss=loss,
@@ -38,7 +38,7 @@ def test_the_plan_forecasts_the_loss_of_what_it_chose(rows):
     assert low <= TRUTH.loss(made["params"], made["tokens"]) <= high
     assert (made["layers"], made["dim"]) in ladder.MAIN_SIZES
     assert ladder.MAIN_TOKENS[0] <= made["tokens"] <= ladder.MAIN_TOKENS[1]
-    assert made["params"] == matmul_parameters(main_shape(made["layers"], made["dim"]))
+    assert made["params"] == define(main_shape(made["layers"], made["dim"])).matmul_parameters()
 
 
 def test_the_main_run_takes_size_and_tokens_from_the_plan(tmp_path, rows):

@@ -13,6 +13,7 @@ from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.data.tokenizing import in_holdout
 from llama3_jax.evaluation import tasks
+from llama3_jax.model.definition import define
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.prepare import lay_out, prepare
 from llama3_jax.schema import parse
@@ -133,5 +134,5 @@ def test_the_config_is_valid_and_has_all_three_stages(prepared):
     assert timeline.stages[-1].average.checkpoints == 4
     without = lay_out(parse(RunConfig, get_config(f"{prepared},without_recall")))
     assert all(stage.mix["recall"] == 0 for stage in without.stages)
-    assert 1e6 < config.model.parameter_count() < 2e6
+    assert 1e6 < define(config.model).parameter_count() < 2e6
     assert timeline.learning_rate(timeline.tokens) == 0

@@ -7,7 +7,7 @@ import pytest
 from llama3_jax.errors import UserError
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.definition import define, init_params
-from llama3_jax.model.flops import matmul_parameters, training_flops
+from llama3_jax.model.flops import training_flops
 from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.training.gradients import make_gradients
@@ -281,9 +281,9 @@ def test_meshes_that_do_not_fit_are_refused_by_name():
 def test_flops_by_hand():
     norms = 5 * 32
     embedding = 64 * 32
-    assert matmul_parameters(MODEL) == MODEL.parameter_count() - norms - embedding
+    assert define(MODEL).matmul_parameters() == define(MODEL).parameter_count() - norms - embedding
     flops = training_flops(MODEL, rows=2, length=10, document_pairs=50)
-    products = 6 * matmul_parameters(MODEL) * 20
+    products = 6 * define(MODEL).matmul_parameters() * 20
     per_pair = 12 * 2 * 4 * 8
     assert flops == {
         "full": products + per_pair * 200,
