@@ -23,6 +23,7 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.definition import Params, define
 from llama3_jax.model.transformer import Transformer
 from llama3_jax.parallel.mesh import Layout
+from llama3_jax.schema import parse
 from llama3_jax.training.checkpoint import save_model
 from llama3_jax.training.loading import load
 from llama3_jax.training.state import relayout
@@ -42,11 +43,15 @@ class Llama(Transformer):
           UserError: no model there, it is damaged, or an override is no key of a model's config.
         """
         loaded = load(Path(path))
-        values = loaded.config.model_dump() | overrides
-        config = ModelConfig.model_validate(values)
+        config = parse(ModelConfig, loaded.config.model_dump() | overrides, where="from_pretrained")
+        return cls.from_config(config, loaded.params)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, params: Params) -> Self:
+        """The model of a config with these parameters."""
         if config.model_module == _PLAIN:
             config = config.model_copy(update={"model_module": f"{__name__}:Llama"})
-        return define(config).bind(jax.tree.map(jax.numpy.asarray, loaded.params))
+        return define(config).bind(jax.tree.map(jax.numpy.asarray, params))
 
     def save_pretrained(
         self, path: str | Path, kind: str = "huggingface", overwrite: bool = False

@@ -34,6 +34,8 @@ from llama3_jax.training.state import (
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
+# Weights may start a network of other classes, whose parameters are compared one by one.
+_FREE_MODULES = ("attention_module", "ffn_module", "norm_module", "model_module", "options")
 # A batch means the same whatever mesh it is spread over and however it is cut.
 # A gate may be made to wait longer: what has been decided stands in gates.jsonl.
 _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
@@ -95,7 +97,7 @@ def first_state(config: RunConfig, corpora: dict[str, Corpus], layout: Layout) -
     if (path / CHECKPOINTS).is_dir() and not config.init_anew:
         return _of_newest_checkpoint(config, corpora, layout)
     loaded = load(path, lambda model: abstract_params(model, layout, saved=True))
-    _check_start(config, corpora, loaded.config, loaded.tokenizer)
+    _check_start(config, corpora, loaded.config, loaded.tokenizer, _FREE_MODULES)
     given = relayout(loaded.params, loaded.config, None, layout)
     given = dict(jax.tree_util.tree_leaves_with_path(given))
     state = fresh()
@@ -141,13 +143,15 @@ def _of_newest_checkpoint(
 
 
 def _check_start(
-    config: RunConfig, corpora: dict[str, Corpus], model: ModelConfig, tokenizer: str | None
+    config: RunConfig,
+    corpora: dict[str, Corpus],
+    model: ModelConfig,
+    tokenizer: str | None,
+    free: tuple[str, ...] = (),
 ) -> None:
-    free = (*_FREE_MODEL_KEYS, "options") if config.init_anew else _FREE_MODEL_KEYS
     for key in ModelConfig.model_fields:
         value, was = getattr(config.model, key), getattr(model, key)
-        is_free = key in free or config.init_anew and key.endswith("_module")
-        if not is_free and was != value:
+        if key not in (*_FREE_MODEL_KEYS, *free) and was != value:
             raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
                             f"trained with {was!r}")  # fmt: skip
     if tokenizer not in (None, next(iter(corpora.values())).info.tokenizer):

@@ -7,7 +7,12 @@ from conftest import REPOSITORY
 
 # What the outputs must hold: what a notebook is there to show.
 SAID = {
-    "model": ("in all others: 0.0", "in 2 x CP chunks: the busiest rank over the mean 1.000"),
+    "model": (
+        "in all others: 0.0",
+        "in 2 x CP chunks: the busiest rank over the mean 1.000",
+        "attention weights [layer, row, head, query, key]: (2, 1, 4, 18, 18)",
+        "ten steps of fine-tuning lower the loss: True",
+    ),
     "curation": (
         "v = \\frac{s}{t}",
         "kept 25, no_text 5",

@@ -92,7 +92,7 @@ def test_training_step_equals_the_serial_model(shape, options):
     loss, gradients = expected()
     assert losses[0] == pytest.approx(float(loss), rel=1e-5)
     assert losses[2] < losses[0]
-    moments = jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), states[0].optimizer[1].mu)
+    moments = jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), states[0].optimizer[1][0].mu)
     if layout.config.pipe > 1:
         stages = make_stages(MODEL.layers, layout.config)
         moments["blocks"] = from_stages(moments["blocks"], stages)
@@ -147,8 +147,8 @@ def full_matrix():
 
 
 @functools.cache
-def expected_of(remat: str):
-    model = MODEL.model_copy(update={"remat": remat})
+def expected_of(**changes):
+    model = MODEL.model_copy(update=changes)
     params, batch = random_params(model, seed=2), packed_batch(seed=2)
     return model, params, batch, jax.device_get(serial(model, params, batch)[1])
 
@@ -156,6 +156,17 @@ def expected_of(remat: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape, options, remat", list(full_matrix()))
 def test_full_matrix(shape, options, remat):
-    model, params, batch, gradients = expected_of(remat)
+    model, params, batch, gradients = expected_of(remat=remat)
     _, on = on_mesh(model, params, batch, mesh_config(shape, **options))
+    assert max(relative_errors(on, gradients).values()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
+def test_a_module_of_the_users_own_on_every_mesh(shape):
+    model, params, batch, gradients = expected_of(
+        attention_module="experiments.variants.qk_norm:QKNormAttention"
+    )
+    assert "query_norm" in gradients["blocks"]["attention"]
+    _, on = on_mesh(model, params, batch, mesh_config(shape))
     assert max(relative_errors(on, gradients).values()) <= 1e-5

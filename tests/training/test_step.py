@@ -12,7 +12,7 @@ from llama3_jax.parallel.mesh import MeshConfig, make_mesh
 from llama3_jax.parallel.sharding import check_batch, put_batch
 from llama3_jax.training.gradients import make_gradients
 from llama3_jax.training.optimizer import OptimizerConfig, is_matrix
-from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout, shardings
+from llama3_jax.training.state import abstract_state, init_state, relayout, shardings
 from llama3_jax.training.step import (
     NO_LIMITS,
     Limits,
@@ -117,16 +117,11 @@ def test_three_steps_are_the_same_on_every_mesh(mesh):
 
 def run_steps_on_one_device(steps=3):
     """The same steps on one device."""
-    from llama3_jax.training.optimizer import make_optimizer
-    from llama3_jax.training.step import train_step
-
-    params = init_params(MODEL, 0)
-    state = TrainState(params, make_optimizer(OPTIMIZER).init(params))
+    state = init_state(MODEL, OPTIMIZER, one_device(), 0)
+    step = compile_step(MODEL, OPTIMIZER, one_device(), 1, 2)
     for i in range(steps):
-        state, metrics = train_step(
-            state, put_batch(make_batch(seed=i), one_device()), np.float32(1e-2), model=define(MODEL),
-            optimizer=OPTIMIZER, layout=one_device(), micro_batches=1, sources=2,
-        )  # fmt: skip
+        batch = put_batch(make_batch(seed=i), one_device())
+        state, metrics = step(state, batch, np.float32(1e-2))
     return jax.device_get(state), jax.device_get(metrics)
 
 
