@@ -27,6 +27,8 @@ def attention_scores(q_BSHD, k_BTKD, queries: Places, keys: Places):
     seen = queries.segments[:, :, None] == keys.segments[:, None, :]
     seen &= queries.positions[:, :, None] >= keys.positions[:, None, :]
     seen &= queries.segments[:, :, None] > 0
+    if queries.earliest is not None:
+        seen &= keys.positions[:, None, :] >= queries.earliest[:, :, None]
     return jnp.where(seen[:, None], scores, -jnp.inf)
 
 

@@ -126,7 +126,10 @@ def attention_weights(
     return _weights(q_BSHD, k_BTKD, queries, keys).reshape(B, H, S, -1)
 
 
-def _weights(q_BSHD, k_BTKD, queries: Places, keys: Places) -> Float[Array, "B K G S T"]:
+def attention_logits(
+    q_BSHD: Float[Array, "B S H D"], k_BTKD: Float[Array, "B T K D"], queries: Places, keys: Places
+) -> tuple[Float[Array, "B K G S T"], Bool[Array, "B 1 1 S T"]]:
+    """Scaled products of queries and keys, float32, G query heads to a KV head; and the mask."""
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
     mask_BST = attention_mask(queries, keys)
@@ -134,8 +137,12 @@ def _weights(q_BSHD, k_BTKD, queries: Places, keys: Places) -> Float[Array, "B K
     scores_BKGST = jnp.einsum(
         "BSKGD,BTKD->BKGST", q_BSKGD, k_BTKD, preferred_element_type=jnp.float32
     )
-    scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST * D**-0.5, _MASKED)
-    return jax.nn.softmax(scores_BKGST, axis=-1)
+    return scores_BKGST * D**-0.5, mask_BST[:, None, None]
+
+
+def _weights(q_BSHD, k_BTKD, queries: Places, keys: Places) -> Float[Array, "B K G S T"]:
+    scores_BKGST, mask = attention_logits(q_BSHD, k_BTKD, queries, keys)
+    return jax.nn.softmax(jnp.where(mask, scores_BKGST, _MASKED), axis=-1)
 
 
 def cudnn(q_BSHD, k_BTKD, v_BTKD, queries: Places, keys: Places, rows=None, spans=None):

@@ -23,6 +23,7 @@ from llama3_jax.kernels.attention import (
     Places,
     Spans,
     attention,
+    attention_logits,
     attention_weights,
     make_spans,
 )
@@ -30,8 +31,10 @@ from llama3_jax.kernels.linear import linear_pieces
 from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.products import gathered_products
-from llama3_jax.model.sowing import is_captured, sow_statistic
+from llama3_jax.model.sowing import Statistic, is_captured, moments, sow_statistic
 from llama3_jax.parallel.ranks import ALONE, Ranks
+
+_SAMPLED = 64  # one query of so many gives statistics of the attention's logits
 
 
 def parameter(
@@ -130,6 +133,11 @@ class Attention(nnx.Module):
             k_BTKD, v_BTKD = cache
             implementation = "reference"  # the others are made for whole rows
         context = self.visible(context)
+        if is_captured(self, Statistic):
+            # Of every 64th query: all of them would cost as much as a part of the attention.
+            some = jax.tree.map(lambda x: x[:, ::_SAMPLED], (q_BSHD, context.queries))
+            logits, mask = attention_logits(some[0], k_BTKD, some[1], context.keys)
+            self.sow(Statistic, "logits", moments(logits, mask))
         if is_captured(self, nnx.Intermediate):
             weights_BHST = attention_weights(q_BSHD, k_BTKD, context.queries, context.keys)
             self.sow(nnx.Intermediate, "weights", weights_BHST)

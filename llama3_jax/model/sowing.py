@@ -51,9 +51,13 @@ class Moments(NamedTuple):
         return jnp.sqrt(self.squares / jnp.maximum(self.count, 1))
 
 
-def moments(x: Array) -> Moments:
+def moments(x: Array, mask: Array | bool = True) -> Moments:
+    """Of the elements where the mask, which is broadcast, is True."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    return Moments(jnp.sum(x * x), jnp.float32(x.size), jnp.max(jnp.abs(x)))
+    counted = jnp.broadcast_to(mask, x.shape)
+    x = jnp.where(counted, x, 0.0)
+    count = jnp.sum(counted, dtype=jnp.float32)
+    return Moments(jnp.sum(x * x), count, jnp.max(jnp.abs(x)))
 
 
 def sow_statistic(module: nnx.Module, name: str, x: Array) -> None:

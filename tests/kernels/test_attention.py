@@ -31,11 +31,13 @@ def packed_places(random: np.random.Generator, rows: int, length: int) -> Places
 def float64_attention(q, k, v, places: Places) -> np.ndarray:
     """A loop over queries and heads, which the tests' and checks' yardstick is held to as well."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    positions, segments = (np.asarray(x) for x in places)
+    positions, segments = np.asarray(places.positions), np.asarray(places.segments)
+    earliest = 0 * positions if places.earliest is None else np.asarray(places.earliest)
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for b, s, h in np.ndindex(q.shape[:3]):
         seen = (segments[b] == segments[b, s]) & (positions[b] <= positions[b, s])
+        seen &= positions[b] >= earliest[b, s]
         scores = k[b, seen, h // group] @ q[b, s, h] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         out[b, s, h] = weights @ v[b, seen, h // group] / weights.sum()
@@ -67,6 +69,29 @@ def test_equals_a_float64_loop(implementation, length, heads, kv_heads):
     assert np.isfinite(out).all()
     real, expected = np.asarray(places.segments) > 0, float64_attention(q, k, v, places)
     np.testing.assert_allclose(out[real], expected[real], atol=4e-6, rtol=1e-4)
+
+
+def windows(random: np.random.Generator, places: Places) -> Places:
+    """Queries that see a random number of tokens back, each its own."""
+    back = random.integers(0, 30, places.positions.shape)
+    return places._replace(earliest=places.positions - jnp.asarray(back))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_window_hides_what_lies_before_it(implementation):
+    random = np.random.default_rng()
+    q = random.normal(size=(2, 150, 4, 16)).astype(np.float32)
+    k, v = random.normal(size=(2, 2, 150, 2, 16)).astype(np.float32)
+    places = windows(random, packed_places(random, 2, 150))
+    keys = places._replace(earliest=None)
+    real, expected = np.asarray(places.segments) > 0, float64_attention(q, k, v, places)
+    out = attention(q, k, v, places, keys, implementation)
+    np.testing.assert_allclose(out[real], expected[real], atol=4e-6, rtol=1e-4)
+    rows = jnp.asarray(random.permutation(150)[:60])  # as a context rank has them
+    some = jax.tree.map(lambda x: x[:, rows], places)
+    out = attention(q[:, rows], k, v, some, keys, implementation, rows)
+    real = np.asarray(some.segments) > 0
+    np.testing.assert_allclose(out[real], expected[:, rows][real], atol=4e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])

@@ -14,7 +14,7 @@ from llama3_jax.kernels.gpu.call import interpreted
 from llama3_jax.kernels.gpu.flash_attention import Tuning, flash_attention, query_reach
 from llama3_jax.kernels.gpu.tuning import Blocks
 from llama3_jax.parallel.context import rank_chunks
-from tests.kernels.test_attention import packed_places
+from tests.kernels.test_attention import packed_places, windows
 
 # Small blocks, unlike in each kernel, so that short rows have many.
 SMALL = Tuning(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1))
@@ -32,7 +32,7 @@ def places_of(*rows: list[int]) -> Places:
 def compare(random, places: Places, heads: int, kv_heads: int, head_dim=16, rows=None):
     """Values and gradients of queries `rows` (None: all) against float64."""
     batch, length = places.segments.shape
-    queries = places if rows is None else Places(*(x[:, rows] for x in places))
+    queries = places if rows is None else jax.tree.map(lambda x: x[:, rows], places)
     q, g = random.normal(size=(2, batch, queries.segments.shape[1], heads, head_dim))
     k, v = random.normal(size=(2, batch, length, kv_heads, head_dim))
     real = np.asarray(queries.segments) > 0
@@ -85,6 +85,13 @@ def test_chunks_of_queries_over_gathered_keys(context, rank):
     size = length // (2 * context)
     rows = (rank_chunks(context)[rank][:, None] * size + np.arange(size)).reshape(-1)
     compare(random, places, 2, 1, rows=jnp.asarray(rows))
+
+
+@pytest.mark.parametrize("rows", [None, np.r_[10:19, 37:46]], ids=["all", "chunks"])
+def test_windows(rows):
+    random = np.random.default_rng()
+    places = windows(random, packed_places(random, 1, 54))
+    compare(random, places, 2, 1, rows=None if rows is None else jnp.asarray(rows))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -152,7 +159,7 @@ def test_reach_is_exact_to_the_block():
     random = np.random.default_rng()
     places = packed_places(random, 2, 90)
     rows = jnp.asarray(np.r_[0:20, 60:83])
-    queries = Places(*(x[:, rows] for x in places))
+    queries = jax.tree.map(lambda x: x[:, rows], places)
     # No block of queries holds the end of one chunk and the start of the next.
     spans, M, N = make_spans(queries, places, rows), 4, 16
     reach = np.asarray(query_reach(spans, 90, M, N))
