@@ -11,8 +11,8 @@ from llama3_jax.errors import UserError
 from llama3_jax.model.config import RopeConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.config import CheckpointConfig
+from llama3_jax.recipe.space import check_space
 from llama3_jax.recipe.timeline import Average, LearningRate, Stage, Timeline
-from llama3_jax.train import check_space
 from llama3_jax.training.step import TrainState
 
 MEGABYTE = jax.ShapeDtypeStruct((250_000,), jnp.float32)

@@ -23,6 +23,7 @@ import numpy as np
 from llama3_jax import cli, train
 from llama3_jax.data.batches import Batches
 from llama3_jax.evaluation.suite import Suite
+from llama3_jax.recipe import actions
 from llama3_jax.recipe.gate import Gates
 from llama3_jax.training import checkpoint, step
 
@@ -62,8 +63,8 @@ def get_stuck(file: Path, stage: int, number: int) -> None:
 
 def terminate(file: Path, place: str) -> None:
     owner, name = {
-        "validation": (train, "validate"), "evaluation": (train, "evaluate"),
-        "last_evaluation": (train, "evaluate"),
+        "validation": (actions, "validate"), "evaluation": (actions, "evaluate"),
+        "last_evaluation": (actions, "evaluate"),
         "gate": (Gates, "run"), "save": (checkpoint.Checkpoints, "save"),
     }[place]  # fmt: skip
     begin = getattr(owner, name)

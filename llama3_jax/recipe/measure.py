@@ -1,26 +1,29 @@
-"""Evaluation inside a run: at token counts, at the end, and of the averaged model beside the last."""
+"""What a run measures of its model between steps: held-out losses, samples, the evaluation suite."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama3_jax.data.tokenizer import Tokenizer
+from llama3_jax.evaluation.metrics import bits_per_byte, held_out
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import needle_summary
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.decoding import compute_params, generate
 from llama3_jax.model.transformer import Params
 from llama3_jax.parallel.mesh import Layout
-from llama3_jax.parallel.processes import of_first
-from llama3_jax.recipe.prepare import Run, needle_lengths
-from llama3_jax.recipe.timeline import average_steps
-from llama3_jax.training.averaging import RunningAverage
-from llama3_jax.training.metrics import MetricsWriter
+from llama3_jax.parallel.processes import is_first, of_first
+from llama3_jax.recipe.prepare import Run, needle_lengths, stage_model
+from llama3_jax.recipe.timeline import ResolvedStage, Timeline
+from llama3_jax.training.metrics import Metrics
 from llama3_jax.training.progress import RunProgress
 
-
-def scorer(
-    run: Run, model: ModelConfig, params: Params, layout: Layout, between: Callable[[], None]
-) -> Scorer:
-    tokens = run.config.evaluation.batch_tokens
-    return Scorer(model, params, layout, tokens, run.config.xla, between)
+# Weights that several processes may gather on a single device to generate samples.
+_GATHERED_SAMPLE_BYTES = 8e9
 
 
 def recorded(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
@@ -31,29 +34,63 @@ def recorded(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     return frozenset(kinds[n] for n in of_first([n for n, k in enumerate(kinds) if k in names]))
 
 
-def evaluation_due(run: Run, step: int) -> bool:
-    """Whether the evaluation runs after `step` steps: its tokens were passed, or the end."""
-    if run.config.evaluation is None:
-        return False
-    if step == run.timeline.steps:
+def passed(timeline: Timeline, every_tokens: int | None, step: int) -> bool:
+    """Whether a multiple of `every_tokens` was passed by the last of `step` steps, or it is the end."""
+    if step == timeline.steps:
         return True
-    every = run.config.evaluation.every_tokens
-    passed = run.timeline.consumed
-    return every is not None and passed(step) // every > passed(step - 1) // every
+    if every_tokens is None or step == 0:
+        return False
+    return timeline.consumed(step) // every_tokens > timeline.consumed(step - 1) // every_tokens
+
+
+def validate(
+    run: Run, stage: ResolvedStage, params: Params, layout: Layout, step: int,
+    metrics: Metrics, progress: RunProgress, between: Callable[[], None],
+) -> None:  # fmt: skip
+    """Records the loss of each source's held-out documents, in nats a token and bits a byte.
+
+    `between` is called before each batch; what it raises ends the validation, and nothing is
+    recorded.
+    """
+    config = run.config.validation
+    length = config.length or stage.length
+    model = stage_model(run.config, stage)
+    scorer = Scorer(model, params, layout, stage.micro_batch_tokens, run.config.xla, between)
+    losses, bits = {}, {}
+    for name, corpus in run.validation.items():
+        metric = held_out(scorer, corpus, length, config.tokens)
+        losses[name], bits[name] = metric.value, bits_per_byte(metric, corpus, config.tokens)
+    if losses:
+        tokens = run.timeline.consumed(step)
+        metrics.write(
+            "validation", step, tokens, {"losses": losses, "bits_per_byte": bits, "length": length}
+        )
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        progress.say(f"held-out loss after {tokens:,} tokens: {each}")
+
+
+def suite_scorer(
+    run: Run, stage: ResolvedStage, params: Params, layout: Layout, between: Callable[[], None]
+) -> Scorer:
+    """The model of a stage for the evaluation suite; `between` as in `validate`."""
+    config = run.config
+    tokens = config.evaluation.batch_tokens
+    return Scorer(stage_model(config, stage), params, layout, tokens, config.xla, between)
 
 
 def evaluate(
-    run: Run, scored: Scorer, name: str, step: int, metrics: MetricsWriter, progress: RunProgress
-) -> None:
+    run: Run, scorer: Scorer, name: str, step: int,
+    metrics: Metrics, progress: RunProgress,
+) -> None:  # fmt: skip
     """Records what the suite measures of a model: needles, too, after the last step."""
     suite, tokens = run.suite, run.timeline.consumed(step)
     scores = {}
     for part in suite.short_parts:
-        scores |= {key: metric.value for key, metric in suite.short(part, scored).items()}
+        scores |= {key: metric.value for key, metric in suite.short(part, scorer).items()}
     record = {"model": name, "scores": scores}
     if suite.config.needle and step == run.timeline.steps:
         lengths = needle_lengths(run.config, run.timeline)
-        results = [result for n in lengths for result in suite.needle(n, scored)]
+        results = [result for n in lengths for result in suite.needle(n, scorer)]
         record["needle"] = needle_summary(results)
     metrics.write("evaluation", step, tokens, record)
     each = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
@@ -62,20 +99,40 @@ def evaluate(
     progress.say(f"{name} model after {tokens:,} tokens: {each}")
 
 
-def start_average(run: Run, step: int, params: Params | None) -> RunningAverage | None:
-    """The run's average after `step` steps, whose parameters so far are `params`; None: it has none.
+@functools.cache
+def _gather(model: ModelConfig, mesh: Mesh):
+    """Compiled: parameters to copies on all devices, in the dtypes of the forward pass."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(functools.partial(compute_params, model), out_shardings=everywhere)
 
-    The timeline must be decided up to `step`.
+
+def write_samples(
+    run: Run, model: ModelConfig, params: Params, step: int, tokenizer: Tokenizer,
+    metrics: Metrics, progress: RunProgress,
+) -> None:  # fmt: skip
+    """Greedy continuations of the config's prompts, for the report.
+
+    With several processes, the first one generates with a copy of all weights on one device; a
+    model that is too large for that writes none, and the log says so.
     """
-    stage = run.timeline.stages[-1]
-    if stage.average is None:
-        return None
-    weights = stage.average.weights or (1.0,) * stage.average.checkpoints
-    seen = sum(at <= step for at in average_steps(stage))
-    return RunningAverage(weights, seen, params)
-
-
-def averaged_now(run: Run, step: int) -> bool:
-    """Whether the parameters after `step` steps enter the average."""
-    stage = run.timeline.stages[-1]
-    return stage.average is not None and step in average_steps(stage)
+    samples = run.config.samples
+    if jax.process_count() > 1:
+        size = model.parameter_count() * jnp.dtype(model.dtype).itemsize
+        if size > _GATHERED_SAMPLE_BYTES:
+            progress.say(f"no samples: {size / 1e9:.1f} GB of weights on a device are too many")
+            return
+        copies = _gather(model, jax.tree.leaves(params)[0].sharding.mesh)(params)
+        if not is_first():
+            return
+        params = jax.tree.map(lambda x: x.addressable_data(0), copies)
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in samples.prompts]
+    generated = generate(
+        model,
+        params,
+        prompts,
+        max_new_tokens=samples.max_new_tokens,
+        stop_tokens=(tokenizer.eos,),
+    )
+    texts = [tokenizer.decode(tokens) for tokens in generated]
+    pairs = [{"prompt": p, "text": t} for p, t in zip(samples.prompts, texts, strict=True)]
+    metrics.write("sample", step, run.timeline.consumed(step), {"samples": pairs})

@@ -1,28 +1,136 @@
-"""What a checkpoint says of its run, and whether a config goes on with the same one."""
+"""Where a run begins: its newest checkpoint, if that is of the same run, or its first step."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.kernels.dispatch import KERNELS
+from llama3_jax.model.transformer import Params
+from llama3_jax.parallel.mesh import Layout
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.gate import GateLog
+from llama3_jax.recipe.incidents import Incidents
+from llama3_jax.recipe.prepare import Run, apply_verdicts, stage_layouts, stage_model
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
     DamagedCheckpoint,
+    Restored,
     model_metadata,
+    restore_newest,
 )
-from llama3_jax.training.events import EVENTS_FILE
+from llama3_jax.training.events import EVENTS_FILE, Events
+from llama3_jax.training.step import (
+    TrainState,
+    abstract_canonical,
+    from_canonical,
+    init_state,
+    params_from_canonical,
+)
 
 # How the model is computed may change at a resume; what it is may not.
 _FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
 # A batch means the same whatever mesh it is spread over and however it is cut.
 # A gate may be made to wait longer: what has been decided stands in gates.jsonl.
 _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
+
+
+class Start(NamedTuple):
+    """What training begins with after `step` steps: arrays sharded on the mesh of that step's stage.
+
+    `average` are the averaged parameters so far, `saved` the checkpoint's metadata, empty without one.
+    """
+
+    step: int
+    state: TrainState
+    average: Params | None = None
+    saved: Mapping[str, Any] = {}
+
+
+def start_of_run(run: Run, layout: Layout) -> Start:
+    """The first step, from random parameters or `config.init_from`."""
+    config = run.config
+    if config.init_from:
+        return Start(0, shard_state(config, _state_of_another(config, run.corpora, layout), layout))
+    return Start(0, init_state(config.model, config.optimizer, layout, config.seed))
+
+
+def start_of_checkpoint(run: Run, layout: Layout, restored: Restored) -> Start:
+    state = TrainState(restored.params, restored.optimizer)
+    average = restored.average
+    if average is not None:
+        average = params_from_canonical(average, run.config.model, layout)
+    state = shard_state(run.config, state, layout)
+    return Start(restored.step, state, average, restored.metadata)
+
+
+def shard_state(config: RunConfig, canonical: TrainState, layout: Layout) -> TrainState:
+    """A state as checkpoints hold it, from any mesh, sharded on this one."""
+    return from_canonical(canonical, config.model, config.optimizer, layout)
+
+
+def abstract_saved(config: RunConfig, layout: Layout) -> TrainState:
+    """Shapes and shardings of a state as checkpoints hold it."""
+    return abstract_canonical(config.model, config.optimizer, layout)
+
+
+def start_of(run: Run, checkpoints: Checkpoints, gates: GateLog, events: Events) -> Start:
+    """Where a run goes on: its newest valid checkpoint, or its beginning; applies its verdicts.
+
+    Raises:
+      UserError: the checkpoint is of another run, or see `restore_newest`.
+    """
+    layouts, so_far = stage_layouts(run), Incidents(run, events).state()
+
+    def check(saved: dict) -> None:
+        gates.back_to(saved["step"], saved.get("gates", ()))
+        apply_verdicts(run, gates.verdicts)
+        now = run_metadata(run.config, run.timeline, run.corpora, saved["step"], so_far)
+        check_same_run(saved, now)
+
+    def layout(step: int) -> Layout:
+        return layouts[run.timeline.stage_index(step)]
+
+    restored = restore_newest(
+        checkpoints, lambda step: abstract_saved(run.config, layout(step)), check
+    )
+    if restored:
+        return start_of_checkpoint(run, layout(restored.step), restored)
+    gates.back_to(0, ())
+    return start_of_run(run, layouts[0])
+
+
+def _state_of_another(config: RunConfig, corpora: dict[str, Corpus], layout: Layout) -> TrainState:
+    """The state of the newest checkpoint of `config.init_from`.
+
+    Raises:
+      UserError: it has none, the newest is damaged, or it is of another model or tokenizer.
+    """
+    directory = Path(config.init_from) / CHECKPOINTS
+    if not directory.is_dir():
+        raise UserError(f"config.init_from: {config.init_from} has no {CHECKPOINTS}")
+    checkpoints = Checkpoints(directory, keep_last=1, keep_every=1)  # nothing is saved there
+    if not (steps := checkpoints.steps()):
+        raise UserError(f"config.init_from: {directory} holds no checkpoint")
+    try:
+        saved = checkpoints.metadata(steps[-1])
+        now = model_metadata(config.model, next(iter(corpora.values())).info.tokenizer)
+        for key, value in now["model"].items():
+            if key not in _FREE_MODEL_KEYS and saved["model"].get(key) != value:
+                raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
+                                f"trained with {saved['model'].get(key)!r}")  # fmt: skip
+        if saved["tokenizer"] != now["tokenizer"]:
+            raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
+        restored = checkpoints.restore(steps[-1], *abstract_saved(config, layout))
+    except DamagedCheckpoint as error:
+        raise UserError(
+            f"config.init_from: {directory / str(steps[-1])} is damaged: {error}"
+        ) from None
+    return TrainState(restored.params, restored.optimizer)
 
 
 def run_metadata(
@@ -38,9 +146,8 @@ def run_metadata(
     """
     tokenizer = next(iter(corpora.values())).info.tokenizer
     begun = [stage for stage in timeline.stages if stage.first_step < max(step, 1)]
-    model = config.model.model_copy(update={"rope": begun[-1].rope})
     length = max(stage.length for stage in begun)
-    return model_metadata(model, tokenizer, length) | {
+    return model_metadata(stage_model(config, begun[-1]), tokenizer, length) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
         **(incidents or {}),
@@ -66,37 +173,6 @@ def _past_learning_rates(timeline: Timeline, step: int) -> dict[str, float]:
     steps |= {first - 1 for first in steps} | {step - 1}
     past = sorted(s for s in steps if 0 <= s < min(step, timeline.steps))
     return {str(s): timeline.step_learning_rate(s) for s in past}
-
-
-def start_state(
-    config: RunConfig, corpora: dict[str, Corpus], abstract: tuple[Any, Any]
-) -> tuple[Any, Any]:
-    """(parameters, optimizer state) of the newest checkpoint of `config.init_from`.
-
-    Raises:
-      UserError: it has none, the newest is damaged, or it is of another model or tokenizer.
-    """
-    directory = Path(config.init_from) / CHECKPOINTS
-    if not directory.is_dir():
-        raise UserError(f"config.init_from: {config.init_from} has no {CHECKPOINTS}")
-    checkpoints = Checkpoints(directory, keep_last=1, keep_every=1)  # nothing is saved there
-    if not (steps := checkpoints.steps()):
-        raise UserError(f"config.init_from: {directory} holds no checkpoint")
-    try:
-        saved = checkpoints.metadata(steps[-1])
-        now = model_metadata(config.model, next(iter(corpora.values())).info.tokenizer)
-        for key, value in now["model"].items():
-            if key not in _FREE_MODEL_KEYS and saved["model"].get(key) != value:
-                raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
-                                f"trained with {saved['model'].get(key)!r}")  # fmt: skip
-        if saved["tokenizer"] != now["tokenizer"]:
-            raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
-        restored = checkpoints.restore(steps[-1], *abstract)
-    except DamagedCheckpoint as error:
-        raise UserError(
-            f"config.init_from: {directory / str(steps[-1])} is damaged: {error}"
-        ) from None
-    return restored.params, restored.optimizer
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
