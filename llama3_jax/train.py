@@ -32,11 +32,12 @@ from llama3_jax.planning.case import case_of
 from llama3_jax.planning.check import check_run
 from llama3_jax.planning.constants import load_constants
 from llama3_jax.planning.memory import forecast
-from llama3_jax.recipe.actions import AskGate, Average, CollectGarbage, Evaluate, Save, Validate
-from llama3_jax.recipe.average import export_average
+from llama3_jax.recipe.actions import AskGate, CollectGarbage, Save
+from llama3_jax.recipe.average import Average
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import GateLog, Gates
 from llama3_jax.recipe.incidents import Incidents
+from llama3_jax.recipe.measure import Evaluate, Validate
 from llama3_jax.recipe.prepare import (
     Run,
     apply_verdicts,
@@ -197,13 +198,14 @@ def open_trainer(
     if step:
         progress.say(f"goes on after step {step} ({timeline.consumed(step):,} tokens)")
     gates = Gates(gate_log, run.suite, progress.say)
-    save = Save(checkpoints, gates, step)
+    average = Average(run, start)
+    save = Save(checkpoints, gates, average, step)
     saved = start.saved
     incidents = Incidents(run, events, saved.get("health", ()), saved.get("bad_steps", 0))
     trainer = Trainer(
         run, start, metrics=metrics, progress=progress, incidents=incidents, ledger=ledger,
         stop=stop, trace=Trace(profile if writes else None, workdir, progress.say),
-        actions=(CollectGarbage(step), Average(), Validate(tokenizer), Evaluate(), save,
+        actions=(CollectGarbage(step), average, Validate(tokenizer), Evaluate(average), save,
                  AskGate(gates, save)),
     )  # fmt: skip
     return trainer, save
@@ -230,8 +232,8 @@ def finish(trainer: Trainer, save: Save, workdir: Path) -> Outcome:
     outcome = trainer.outcome
     with trainer.ledger.booking("checkpoint"):
         save.checkpoints.close()
-        if outcome is Outcome.DONE and trainer.average:
-            export_average(workdir, run, trainer.canonical(trainer.average.params))
+        if outcome is Outcome.DONE:
+            save.average.export(trainer, workdir)
     if outcome is Outcome.REWOUND:
         target = trainer.incidents.rewind(save.checkpoints)
         say(f"rewound to the checkpoint of step {target}")

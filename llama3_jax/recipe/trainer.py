@@ -11,7 +11,8 @@ of a run make the same calls in the same order.
 
 import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +22,12 @@ import numpy as np
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.model.transformer import Params
 from llama3_jax.parallel.mesh import Layout
+from llama3_jax.parallel.processes import of_first
 from llama3_jax.parallel.sharding import put_batch
-from llama3_jax.recipe.average import start_average
 from llama3_jax.recipe.incidents import Incidents
-from llama3_jax.recipe.measure import recorded, suite_scorer
-from llama3_jax.recipe.prepare import Run, stage_layouts
+from llama3_jax.recipe.prepare import Run, stage_layouts, stage_model
 from llama3_jax.recipe.resume import Start, shard_state, start_of_run
-from llama3_jax.recipe.stage_ahead import StageAhead, fields_of, step_key
+from llama3_jax.recipe.stage_ahead import StageAhead, step_arguments
 from llama3_jax.recipe.step_log import StepLog
 from llama3_jax.recipe.timeline import ResolvedStage
 from llama3_jax.training.events import Events
@@ -56,7 +56,7 @@ class Action(Protocol):
 
 
 class Trainer:
-    """A run under way: `state` after `step` steps on the mesh `layout`, and the `average` so far."""
+    """A run under way: `state` after `step` steps, on the mesh `layout`."""
 
     def __init__(
         self, run: Run, start: Start | None = None, *, actions: Sequence[Action] = (),
@@ -70,7 +70,6 @@ class Trainer:
         start = start or start_of_run(run, self.layouts[0])
         self.step, self.state = start.step, start.state
         self.layout = self.layouts[run.timeline.stage_index(self.step)]
-        self.average = start_average(run, self.step, start.average)
         self.metrics = metrics or MemoryMetrics()
         self.progress = progress or RunProgress(run.timeline.tokens, 0, 1, quiet=True)
         self.incidents = incidents or Incidents(run, Events(None, writes=False))
@@ -79,8 +78,8 @@ class Trainer:
         peak, _ = peak_flops()
         devices_peak = peak and peak * jax.device_count()
         self.log = StepLog(run, self.metrics, self.progress, devices_peak, self.incidents)
-        # What was measured after the last step already, and what a signal kept from being done.
-        self.recorded, self.owed = recorded(self.metrics.of_step), False
+        self._first_step, self._recorded = self.step, _recorded(self.metrics.of_step)
+        self._owed = False  # whether a signal kept something from being measured
         self._ahead, self._stage, self._step_function = StageAhead(), None, None
         if self.step < run.timeline.steps:  # else the job ended earlier
             self.ledger.begin(self.step)
@@ -110,11 +109,10 @@ class Trainer:
         index = self.run.timeline.stage_index(step)
         stage = self.run.timeline.stages[index]
         self._enter(index)
-        fields = fields_of(batch)
         if self._step_function is None:
             with self.ledger.booking("compile"):
-                key = step_key(self.run, index, self.layout, fields)
-                self._step_function = self._ahead.compiled_step(key)
+                arguments = step_arguments(self.run, index, self.layout, batch)
+                self._step_function = self._ahead.compiled_step(*arguments)
         rate = np.float32(self.run.timeline.step_learning_rate(step))
         self._trace.before(step)
         self.state, metrics = self._step_function(
@@ -123,10 +121,9 @@ class Trainer:
         self._trace.after(step, metrics)
         self.log.add(step, stage, float(rate), metrics)
         self.step += 1
-        self.recorded = frozenset()
         self.stop.agree()
         self.ledger.stepped(self.step)
-        self._ahead.prepare(self.run, self.layouts, self.step, fields)
+        self._ahead.prepare(self.run, self.layouts, self.step, batch)
 
     def act(self) -> None:
         """Does what is due after the steps so far."""
@@ -139,7 +136,7 @@ class Trainer:
         """Why training ends now, if it does, once what is due has been done."""
         if self.incidents.rewind_from is not None:
             return Outcome.REWOUND
-        if self.step == self.run.timeline.steps and not self.owed:
+        if self.step == self.run.timeline.steps and not self._owed:
             return Outcome.DONE
         return Outcome.STOPPED if self.stop.agreed else None
 
@@ -165,17 +162,31 @@ class Trainer:
             with self.ledger.booking("evaluation"):
                 yield self.run.timeline.stages[index]
         except Interrupted:
-            self.owed = True
+            self._owed = True
         self.log.restart_clock()
 
-    def scorer(self, stage: ResolvedStage, params: Params | None = None) -> Scorer:
-        """The model for the evaluation suite, with its parameters as they are by default."""
+    @property
+    def tokens(self) -> int:
+        """Consumed so far."""
+        return self.run.timeline.consumed(self.step)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Something that was measured after the steps so far."""
+        self.metrics.write(kind, self.step, self.tokens, values)
+
+    def recorded(self, kind: str, model: str | None = None) -> bool:
+        """Whether that was measured before the run was interrupted after this step."""
+        return self.step == self._first_step and (kind, model) in self._recorded
+
+    def scorer(self, stage: ResolvedStage, tokens: int, params: Params | None = None) -> Scorer:
+        """A stage's model with its parameters as they are, or others; `tokens` computed at once."""
         params = self.state.params if params is None else params
-        return suite_scorer(self.run, stage, params, self.layout, self.stop.check)
+        model, xla = stage_model(self.run.config, stage), self.run.config.xla
+        return Scorer(model, params, self.layout, tokens, xla, self.stop.check)
 
     def canonical(self, tree: Any) -> Any:
-        """Parameters or the state with blocks in the network's order, as checkpoints hold them."""
-        return to_canonical(tree, self.run.config.model, self.layout)
+        """Parameters or the state as checkpoints hold them; None stays None."""
+        return None if tree is None else to_canonical(tree, self.run.config.model, self.layout)
 
     def _enter(self, index: int) -> None:
         """Stage number `index` begins, unless it is under way."""
@@ -188,3 +199,9 @@ class Trainer:
             with self.ledger.booking("setup"):
                 canonical, self.layout = self.canonical(self.state), layout
                 self.state = shard_state(self.run.config, canonical, layout)
+
+
+def _recorded(records: Sequence[Mapping[str, Any]]) -> set[tuple[str, str | None]]:
+    """Kind and model of process 0's records of a step, on all processes."""
+    text = json.dumps([(r["kind"], r.get("model")) for r in records])
+    return set(map(tuple, json.loads(bytes(of_first(text.encode())))))
