@@ -37,12 +37,8 @@ class Save:
 
     def __init__(self, checkpoints: Checkpoints, gates: Gates, average: Average, step: int):
         """`step` is that of the checkpoint from which the run goes on, or 0."""
-        self.checkpoints, self._gates, self._average, self._saved = (
-            checkpoints,
-            gates,
-            average,
-            step,
-        )
+        self.checkpoints, self.average = checkpoints, average
+        self._gates, self._saved = gates, step
 
     def due(self, trainer: Trainer) -> bool:
         every, step = trainer.run.config.checkpoint.every_steps, trainer.step
