@@ -38,6 +38,7 @@ class MetricsWriter(Metrics):
     def __init__(self, workdir: Path, step: int, sinks: Sequence[Sink] = ()):
         """Drops the records of steps after `step`; `of_step` are those after exactly `step` steps."""
         self._sinks = sinks
+        (workdir / METRICS_FILE).touch()  # readers look for it also before the first step
         self._log = JsonLog(workdir / METRICS_FILE)
         self.of_step = self._log.cut_after(step)
         # In this thread: SummaryWriter's own dies of a full disk in silence, and its queue then blocks.

@@ -74,6 +74,7 @@ def test_a_file_is_cut_from_its_end(tmp_path, monkeypatch, block, tail):
 
 def test_a_file_of_later_records_alone_becomes_empty(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
+    assert read_metrics(tmp_path) == []  # it is there before the first record
     writer.write("train", 1, 1, {"loss": 1.0})
     writer.close()
     writer = MetricsWriter(tmp_path, 0)
