@@ -49,7 +49,7 @@ def test_what_is_kept_for_good_and_the_average_count(tmp_path, monkeypatch, give
     free(needed - 0.1)
     with pytest.raises(UserError, match=f"checkpoints need {needed}.0 MB"):
         check_space(tmp_path, STATE, given)
-    # What lies there already goes into it.
+    # What is there already counts.
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/file").write_bytes(bytes(100_000))
     check_space(tmp_path, STATE, given)

@@ -28,7 +28,7 @@ PASSED, NOT_YET, FAILED = "passed", "not_yet", "gate_failed"
 
 
 class GateLog:
-    """gates.jsonl: `baseline` and `part` records hold what was measured, `verdict` what follows."""
+    """gates.jsonl: `baseline` and `part` records hold what was measured, `verdict` what it decided."""
 
     def __init__(self, workdir: Path):
         """All processes hold what the first one reads, which alone writes."""

@@ -41,7 +41,7 @@ class Events:
         return event["event"]
 
     def left_out(self, before: int | None = None) -> dict[int, list[int]]:
-        """Batches that rewinds left out, by stage; those of events before number `before` alone."""
+        """Batches that rewinds skip, by stage; those of events before number `before` alone."""
         batches: dict[int, set[int]] = {}
         for event in self.events[:before]:
             for stage, numbers in event.get("left_out", {}).items():

@@ -92,7 +92,7 @@ class MemoryMetrics(Metrics):
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a last line that a crash cut off is left out."""
+    """All records of a run; but not a last line that a crash cut off."""
     return read_json_lines(workdir / METRICS_FILE)
 
 
