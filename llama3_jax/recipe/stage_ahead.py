@@ -69,7 +69,8 @@ class StageAhead:
         if index == len(stages):
             return
         left = stages[index].first_step - step
-        if left <= COMPILE_STEPS and (self._compiling is None or self._compiling[0] != index):
+        begun = self._compiling is not None and self._compiling[0] == index
+        if left <= COMPILE_STEPS and not begun and run.config.xla.compile_ahead:
             arguments = step_arguments(run, index, layouts[index], batch)
             self._compiling = index, self._pool.submit(compiled_step, *arguments)
         if 0 < left <= LOADER_STEPS and self._loader is None:

@@ -177,3 +177,11 @@ def test_worker_processes_are_opened_ahead_and_end(corpora):
     assert not multiprocessing.active_children()
     expected = [batch for index in range(2) for batch in make_run(corpora).batches.load(index)]
     assert all(same(*pair) for pair in zip(read, expected, strict=False))
+
+
+def test_compiling_ahead_can_be_switched_off(corpora, compilations):
+    trainer = Trainer(make_run(corpora, xla=dict(compile_ahead=False)))
+    for batch in trainer.batches():
+        trainer.train_step(batch)
+    trainer.close()
+    assert [in_main for in_main, _ in compilations] == [True] * 3
