@@ -42,6 +42,8 @@ class XlaConfig(Config):
       atomics and measures no algorithms, which costs speed.
     options: XLA's compiler options as in XLA_FLAGS, "xla_gpu_one=1 xla_gpu_other=true", in place of
       or in addition to ours (`GPU_OPTIONS`). One whose name is of another platform is left out.
+    compile_ahead: compile the next stage's step while one trains. A GPU's memory may be too full for
+      the algorithms that XLA tries meanwhile.
     cache: `auto` keeps compiled programs, and with them what XLA measured of its algorithms, where
       that is known to be safe (`cache_is_safe`); `on` and `off` are what they say.
     cache_dir: where; by default JAX_COMPILATION_CACHE_DIR, or else ~/.cache/llama3_jax/xla.
@@ -51,6 +53,7 @@ class XlaConfig(Config):
     memory_check: bool = True
     deterministic: bool = False
     options: str = ""
+    compile_ahead: bool = True
     cache: Literal["auto", "on", "off"] = "auto"
     cache_dir: str | None = None
 

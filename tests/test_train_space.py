@@ -11,8 +11,8 @@ from llama3_jax.errors import UserError
 from llama3_jax.model.config import RopeConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.recipe.config import CheckpointConfig
+from llama3_jax.recipe.space import check_space
 from llama3_jax.recipe.timeline import Average, LearningRate, Stage, Timeline
-from llama3_jax.train import check_space
 from llama3_jax.training.state import TrainState
 
 MEGABYTE = jax.ShapeDtypeStruct((250_000,), jnp.float32)
@@ -49,7 +49,7 @@ def test_what_is_kept_for_good_and_the_average_count(tmp_path, monkeypatch, give
     free(needed - 0.1)
     with pytest.raises(UserError, match=f"checkpoints need {needed}.0 MB"):
         check_space(tmp_path, STATE, given)
-    # What lies there already goes into it.
+    # What is there already counts.
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/file").write_bytes(bytes(100_000))
     check_space(tmp_path, STATE, given)

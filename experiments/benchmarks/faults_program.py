@@ -1,4 +1,4 @@
-"""The training door with a fault inside, for faults.py.
+"""The training program with a fault inside, for faults.py.
 
     FAULT=nan:STEP:… python -m experiments.benchmarks.faults_program <flags of llama3_jax.train>
 
@@ -24,6 +24,7 @@ from llama3_jax import cli, train
 from llama3_jax.data.batches import Batches
 from llama3_jax.evaluation.suite import Suite
 from llama3_jax.recipe.gate import Gates
+from llama3_jax.recipe.measure import Evaluate, Validate
 from llama3_jax.training import checkpoint, step
 
 
@@ -62,15 +63,15 @@ def get_stuck(file: Path, stage: int, number: int) -> None:
 
 def terminate(file: Path, place: str) -> None:
     owner, name = {
-        "validation": (train, "validate"), "evaluation": (train, "evaluate"),
-        "last_evaluation": (train, "evaluate"),
+        "validation": (Validate, "__call__"), "evaluation": (Evaluate, "__call__"),
+        "last_evaluation": (Evaluate, "__call__"),
         "gate": (Gates, "run"), "save": (checkpoint.Checkpoints, "save"),
     }[place]  # fmt: skip
     begin = getattr(owner, name)
 
     def terminated(*arguments, **options):
-        last = place != "last_evaluation" or arguments[3] == arguments[0].timeline.steps
-        if last and not file.exists():
+        now = place != "last_evaluation" or arguments[1].step == arguments[1].run.timeline.steps
+        if now and not file.exists():
             file.touch()
             os.kill(os.getpid(), signal.SIGTERM)
         return begin(*arguments, **options)

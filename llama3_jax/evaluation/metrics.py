@@ -10,6 +10,7 @@ from jaxtyping import Float
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.validation import validation_batches
+from llama3_jax.data.workers import ahead
 from llama3_jax.evaluation.scoring import Request, Scorer
 from llama3_jax.evaluation.tasks import Task, encode
 
@@ -99,7 +100,7 @@ def held_out(scorer: Scorer, corpus: Corpus, length: int, tokens: int) -> Metric
     """Loss on up to `tokens` held-out tokens in nats a token; an item is a row of `length`."""
     sums: list[float] = []
     weights: list[float] = []
-    for batch in validation_batches(corpus, length, scorer.batch_rows(length), tokens):
+    for batch in ahead(validation_batches(corpus, length, scorer.batch_rows(length), tokens)):
         batch.pop("source"), batch.pop("cut")
         losses, _ = scorer.tokens(batch)
         counts = batch["loss_mask"].sum(1)

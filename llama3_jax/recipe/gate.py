@@ -11,8 +11,6 @@ step; records of later steps than the checkpoint that a run goes on from are for
 metrics.jsonl, for they will be made again.
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,44 +19,38 @@ from llama3_jax.errors import UserError
 from llama3_jax.evaluation.metrics import Metric, recovered
 from llama3_jax.evaluation.scoring import Scorer
 from llama3_jax.evaluation.suite import EvaluationConfig, Suite, needle_summary
-from llama3_jax.files import read_json_lines, write_text
 from llama3_jax.parallel import processes
 from llama3_jax.recipe.timeline import Timeline, Verdict
+from llama3_jax.training.json_log import JsonLog
 from llama3_jax.training.metrics import GATES_FILE
 
 PASSED, NOT_YET, FAILED = "passed", "not_yet", "gate_failed"
 
 
 class GateLog:
-    """gates.jsonl: `baseline` and `part` records hold what was measured, `verdict` what follows."""
+    """gates.jsonl: `baseline` and `part` records hold what was measured, `verdict` what it decided."""
 
     def __init__(self, workdir: Path):
-        """All processes see what the first one reads."""
-        self._path = workdir / GATES_FILE
-        text = ""
-        if processes.is_first() and self._path.exists():
-            text = "".join(map(_line, read_json_lines(self._path)))
-        lines = bytes(processes.of_first(text.encode())).splitlines()
-        self._found = list(map(json.loads, lines))
-        self.records: list[dict[str, Any]] = self._found
+        """All processes hold what the first one reads, which alone writes."""
+        self._log = JsonLog(workdir / GATES_FILE)
+        self.records: list[dict[str, Any]] = self._log.read()
 
     def back_to(self, step: int, saved: Sequence[Mapping[str, Any]]) -> None:
         """Forgets records of steps after `step`; adds the checkpoint's verdicts, should one be lost."""
-        kept = [record for record in self._found if record["step"] <= step]
+        kept = [record for record in self.records if record["step"] <= step]
         known = [(r["stage_number"], r["step"]) for r in kept if r["kind"] == "verdict"]
-        kept += [dict(r) for r in saved if (r["stage_number"], r["step"]) not in known]
-        self.records = sorted(kept, key=lambda record: record["step"])
-        # Also where nothing is to be forgotten: a crash may have cut the last line off.
-        if processes.is_first() and (self.records or self._path.exists()):
-            write_text(self._path, "".join(map(_line, self.records)))
+        lost = [dict(r) for r in saved if (r["stage_number"], r["step"]) not in known]
+        self.records = sorted(kept + lost, key=lambda record: record["step"])
+        if processes.is_first():
+            if lost:
+                self._log.replace(self.records)
+            else:
+                self._log.cut_after(step)
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
         self.records.append(record)
         if processes.is_first():
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(_line(record))
-                file.flush()
-                os.fsync(file.fileno())
+            self._log.append(record, sync=True)
         return record
 
     def of(self, kind: str, step: int) -> list[dict[str, Any]]:
@@ -74,10 +66,6 @@ class GateLog:
             Verdict(r["stage_number"], r["step"], r["verdict"] == PASSED)
             for r in self.verdict_records
         ]
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 class Gates:
@@ -106,11 +94,12 @@ class Gates:
         return self.baseline_due(timeline, step) or self.stage_due(timeline, step) is not None
 
     def run(
-        self, timeline: Timeline, step: int, scorer: Scorer, interrupted: Callable[[], bool]
-    ) -> bool:
+        self, timeline: Timeline, step: int, scorer: Scorer, between: Callable[[], None]
+    ) -> None:
         """Measures what is missing of the gate at `step` and records the verdict.
 
-        Returns False where `interrupted` said so between two parts: what was measured is kept.
+        `between` is called before each part; what it raises ends the gate, and what was measured is
+        kept.
 
         Raises:
           UserError: gate_failed: not passed, and the stage may not go on.
@@ -119,15 +108,15 @@ class Gates:
         where = {"step": step, "tokens": timeline.consumed(step)}
         if number is None:
             self._say(f"short-context metrics before the first increase of length, step {step}")
-            return self._measure("baseline", self._suite.short_parts, where, scorer, interrupted)
+            self._measure("baseline", self._suite.short_parts, where, scorer, between)
+            return
         stage = timeline.stages[number]
         given = [r for r in self.log.of("verdict", step) if r["stage_number"] == number]
         if not given:
             lengths = sorted({s.length for s in timeline.stages[: number + 1]})
             parts = [*self._suite.short_parts, *(f"needle:{length}" for length in lengths)]
             self._say(f"gate of stage {stage.name!r} after {where['tokens']:,} tokens")
-            if not self._measure("part", parts, where, scorer, interrupted):
-                return False
+            self._measure("part", parts, where, scorer, between)
             given = [self.log.add(self._verdict(timeline, number, where, lengths))]
         record = given[-1]
         self._say(describe(record))
@@ -136,15 +125,13 @@ class Gates:
                 f"gate_failed: {describe(record)}; it may not go on beyond "
                 f"config.stages.{number}.gate.max_tokens={stage.gate.max_tokens}"
             )
-        return True
 
-    def _measure(self, kind, parts, where, scorer, interrupted) -> bool:
+    def _measure(self, kind, parts, where, scorer, between) -> None:
         done = {record["part"] for record in self.log.of(kind, where["step"])}
         for part in parts:
             if part in done:
                 continue
-            if interrupted():
-                return False
+            between()
             record = {"kind": kind, **where, "part": part}
             if part.startswith("needle:"):
                 results = self._suite.needle(int(part.removeprefix("needle:")), scorer)
@@ -153,7 +140,6 @@ class Gates:
                 measured = self._suite.short(part, scorer)
                 record["metrics"] = {name: m.as_json() for name, m in measured.items()}
             self.log.add(record)
-        return True
 
     def _verdict(self, timeline: Timeline, number: int, where, lengths) -> dict[str, Any]:
         stage = timeline.stages[number]

@@ -1,8 +1,8 @@
 """What a run does about a step that went wrong: notes it, skips it, rewinds, or stops.
 
-The update of such a step is left out on the device already (see `training/health.py`); here the
+The update of such a step is skipped on the device already (see `training/health.py`); here the
 event is written down and a rewind is prepared: the checkpoints after the one to go back to are
-moved aside, then the event names the batches to leave out, and the run goes on as any resumed run
+moved aside, then the event names the batches to skip, and the run goes on as any resumed run
 does.
 """
 

@@ -9,21 +9,23 @@ from llama3_jax.data.batches import Batches, StageShape
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.suite import Suite
+from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.definition import define
 from llama3_jax.parallel.context import imbalance
-from llama3_jax.parallel.mesh import MeshConfig
+from llama3_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from llama3_jax.parallel.processes import local_rows
 from llama3_jax.parallel.sharding import check_batch, check_divisible
 from llama3_jax.parallel.stages import check_stages
 from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.gate import check_gates, gate_lengths
-from llama3_jax.recipe.timeline import Timeline, Verdict
+from llama3_jax.recipe.timeline import ResolvedStage, Timeline, Verdict
 
 _BALANCE_ROWS = 64
 
 
 @dataclasses.dataclass
 class Run:
-    """A config, its timeline and its data; `follow` changes the timeline as gates decide."""
+    """A config, its timeline and its data; `apply_verdicts` changes the timeline as gates decide."""
 
     config: RunConfig
     timeline: Timeline
@@ -35,7 +37,7 @@ class Run:
 
 
 def prepare(config: RunConfig) -> Run:
-    """Opens the data and lays out the timeline.
+    """Opens the data and resolves the timeline.
 
     Raises:
       UserError: whatever cannot work, by key, before anything is compiled or written.
@@ -88,18 +90,34 @@ def lay_out(config: RunConfig) -> Timeline:
     return timeline
 
 
-def follow(run: Run, verdicts: Sequence[Verdict]) -> Timeline:
+def apply_verdicts(run: Run, verdicts: Sequence[Verdict]) -> None:
     """Puts into the run the timeline, and so the batches, that its gates' verdicts make."""
     config = run.config
     run.timeline = Timeline(config.stages, config.model.rope, config.mesh, verdicts)
     run.batches = _batches(config, run.timeline, run.corpora, run.left_out)
-    return run.timeline
 
 
-def leave_out(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
+def skip_batches(run: Run, left_out: Mapping[int, Sequence[int]]) -> Run:
     """The same run without some batches, by number of the stage: those after them move up."""
     batches = _batches(run.config, run.timeline, run.corpora, left_out)
     return dataclasses.replace(run, batches=batches, left_out=left_out)
+
+
+def stage_model(config: RunConfig, stage: ResolvedStage) -> ModelConfig:
+    """The model as a stage trains it: with its RoPE."""
+    return config.model.model_copy(update={"rope": stage.rope})
+
+
+def stage_layouts(run: Run) -> list[Layout]:
+    """The mesh of each stage on the devices of all processes.
+
+    Raises:
+      UserError: other devices are present, or a process's part of the rows is no equal block.
+    """
+    layouts = [make_mesh(stage.mesh) for stage in run.timeline.stages]
+    for layout in layouts:
+        local_rows(layout.mesh)
+    return layouts
 
 
 def _batches(
@@ -125,7 +143,8 @@ def _check_meshes(config: RunConfig, timeline: Timeline) -> None:
         raise UserError(
             "config.mesh: no stage uses it, for the first sets config.stages.0.mesh: set it there"
         )
-    axes, arrays = define(config.model).axes(), define(config.model).abstract_params()
+    model = define(config.model)
+    axes, arrays = model.axes(), model.abstract_params()
     for number, stage in enumerate(timeline.stages):
         shapes = {f"config.stages.{number}": (stage.batch_rows, stage.length, stage.micro_batches)}
         if config.validation:
@@ -177,7 +196,7 @@ def print_data(run: Run) -> None:
 
 
 def context_balances(run: Run) -> list[str]:
-    """A line for each stage with context ranks: how evenly attention's FLOPs lie over them.
+    """A line for each stage with context ranks: how even their attention's FLOPs are.
 
     For documents as long as the row, and for the documents of the stage's first rows.
     """
@@ -189,7 +208,7 @@ def context_balances(run: Run) -> list[str]:
         positions = np.full((rows, stage.length), -1)
         for row in range(rows):
             _, spans = run.batches.spans(number, row)
-            # A row may be all padding: documents that fit well leave best_fit's spare room in one.
+            # A row may be all padding: documents that fit well leave best_fit one to spare.
             of_row = [np.arange(span.stop - span.start) for span in spans]
             if of_row:
                 positions[row, : sum(map(len, of_row))] = np.concatenate(of_row)

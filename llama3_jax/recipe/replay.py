@@ -5,20 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
 
 from llama3_jax.errors import UserError
-from llama3_jax.parallel.mesh import make_mesh
-from llama3_jax.parallel.sharding import put_batch
 from llama3_jax.recipe.gate import GateLog
-from llama3_jax.recipe.prepare import Run, follow, leave_out
-from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint, Restored
+from llama3_jax.recipe.incidents import Incidents
+from llama3_jax.recipe.prepare import Run, apply_verdicts, skip_batches, stage_layouts
+from llama3_jax.recipe.resume import Start, abstract_saved, start_of_checkpoint, start_of_run
+from llama3_jax.recipe.trainer import Trainer
+from llama3_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint
 from llama3_jax.training.events import Events
-from llama3_jax.training.health import Health
-from llama3_jax.training.state import TrainState, abstract_state, init_state, relayout
-from llama3_jax.training.step import compile_step
 
 
 def replay(run: Run, workdir: Path, number: int) -> str:
@@ -41,67 +37,53 @@ def replay(run: Run, workdir: Path, number: int) -> str:
             f"--replay_event={number}: {workdir} has {len(events.events)} events, numbered from 0"
         )
     event, left_out = events.events[number], events.left_out(before=number)
-    run, last = leave_out(run, left_out), event["step"]
-    timeline = follow(run, [v for v in GateLog(workdir).verdicts if v.step <= last])
-    config = run.config
-    layouts = [make_mesh(stage.mesh) for stage in timeline.stages]
-    restored = _restore(run, workdir, layouts, last, left_out)
-    if restored:
-        step = restored.step
+    run, last = skip_batches(run, left_out), event["step"]
+    apply_verdicts(run, [v for v in GateLog(workdir).verdicts if v.step <= last])
+    start = _start(run, workdir, last, left_out)
+    incidents = _OnlyJudged(run, events, start.saved.get("health", ()))
+    trainer = Trainer(run, start, incidents=incidents)
+    first = start.step
+    del start  # or its arrays would stay
+    for batch in trainer.batches():
+        trainer.train_step(batch)
+        if trainer.step > last:
+            break
+    trainer.log.flush()
+    trainer.close()
+    record = trainer.metrics.records[-1]
+    return _table(event, first, float(record["loss"]), float(record["grad_norm"]))
+
+
+class _OnlyJudged(Incidents):
+    """Judges the steps, on which the limits of later ones depend, and does nothing about them."""
+
+    def judge(self, step: int, loss: float, grad_norm: float) -> None:
+        self._health.judge(step, self._run.timeline.stage_index(step), loss, grad_norm)
+
+
+def _start(run: Run, workdir: Path, last: int, left_out: dict[int, list[int]]) -> Start:
+    """The newest whole checkpoint up to step `last` that the event's run had come by, or its beginning.
+
+    Raises:
+      UserError: there is none, and the run began with another run's.
+    """
+    layouts, timeline = stage_layouts(run), run.timeline
+    checkpoints, steps = None, []
+    if (workdir / CHECKPOINTS).is_dir():
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep_last=1, keep_every=1)  # saves nothing
+        steps = [step for step in checkpoints.steps() if step <= last]
+    for step in reversed(steps):
         layout = layouts[timeline.stage_index(step)]
-        state = TrainState(restored.params, restored.optimizer)
-        state = relayout(state, config.model, None, layout, config.optimizer)
-        health = Health(config.health, restored.metadata.get("health", ()))
-    elif config.init_from:
-        raise UserError(f"{workdir}: no checkpoint of step {last} or before, and the run began "
-                        "with another run's (config.init_from)")  # fmt: skip
-    else:
-        step, layout = 0, layouts[0]
-        state = init_state(config.model, config.optimizer, layout, config.seed)
-        health = Health(config.health)
-    start = step
-    while step <= last:
-        index = timeline.stage_index(step)
-        stage = timeline.stages[index]
-        if layouts[index] != layout:
-            state = relayout(state, config.model, layout, None)
-            layout = layouts[index]
-            state = relayout(state, config.model, None, layout, config.optimizer)
-        model = config.model.model_copy(update={"rope": stage.rope})
-        step_function = compile_step(
-            model, config.optimizer, layout, stage.micro_batches, len(run.batches.sources),
-            config.xla,
-        )  # fmt: skip
-        for batch in run.batches.load(index, step - stage.first_step):
-            rate = np.float32(timeline.step_learning_rate(step))
-            limits = health.limits(step, index)
-            state, on_device = step_function(state, put_batch(batch, layout), rate, limits)
-            metrics = jax.device_get(on_device)
-            health.judge(step, index, float(metrics.loss), float(metrics.grad_norm))
-            step += 1
-            if step > last:
-                break
-    return _table(event, start, float(metrics.loss), float(metrics.grad_norm))
-
-
-def _restore(
-    run: Run, workdir: Path, layouts: list, last: int, left_out: dict[int, list[int]]
-) -> Restored | None:
-    """The newest whole checkpoint up to step `last` that the event's run had come by."""
-    config, timeline = run.config, run.timeline
-    if not (workdir / CHECKPOINTS).is_dir():
-        return None
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep_last=1, keep_every=1)  # none is saved
-    for step in reversed([s for s in checkpoints.steps() if s <= last]):
-        abstract = abstract_state(
-            config.model, config.optimizer, layouts[timeline.stage_index(step)], saved=True
-        )
         try:
             if _same_batches(checkpoints.metadata(step), left_out, run, step):
-                return checkpoints.restore(step, *abstract)
+                restored = checkpoints.restore(step, *abstract_saved(run.config, layout))
+                return start_of_checkpoint(run, layout, restored)
         except DamagedCheckpoint as error:
             logging.warning("checkpoint of step %d is damaged (%s): passed over", step, error)
-    return None
+    if run.config.init_from:
+        raise UserError(f"{workdir}: no checkpoint of step {last} or before, and the run began "
+                        "with another run's (config.init_from)")  # fmt: skip
+    return start_of_run(run, layouts[0])
 
 
 def _same_batches(

@@ -1,44 +1,90 @@
-"""What a checkpoint says of its run, and whether a config goes on with the same one."""
+"""Where a run begins: its newest checkpoint, if that is of the same run, or its first step."""
 
-import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from llama3_jax.data.corpus import Corpus
 from llama3_jax.errors import UserError
-from llama3_jax.kernels.dispatch import KERNELS
 from llama3_jax.model.config import ModelConfig
+from llama3_jax.model.definition import Params
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.recipe.config import RunConfig
+from llama3_jax.recipe.gate import GateLog
+from llama3_jax.recipe.incidents import Incidents
+from llama3_jax.recipe.prepare import Run, apply_verdicts, stage_layouts, stage_model
+from llama3_jax.recipe.start import FREE_MODEL_KEYS, first_state
 from llama3_jax.recipe.timeline import ResolvedStage, Timeline
 from llama3_jax.training.checkpoint import (
-    CHECKPOINTS,
     Checkpoints,
-    DamagedCheckpoint,
+    Restored,
     model_metadata,
+    restore_newest,
 )
-from llama3_jax.training.events import EVENTS_FILE
-from llama3_jax.training.loading import load
+from llama3_jax.training.events import EVENTS_FILE, Events
 from llama3_jax.training.optimizer import OptimizerConfig
-from llama3_jax.training.state import (
-    TrainState,
-    abstract_params,
-    abstract_state,
-    init_state,
-    relayout,
-)
+from llama3_jax.training.state import TrainState, abstract_state, relayout
 
-# How the model is computed may change at a resume; what it is may not.
-_FREE_MODEL_KEYS = ("dtype", *KERNELS, "remat", "layer_unroll", "init_std", "rope")
-# Weights may start a network of other classes, whose parameters are compared one by one.
-_FREE_MODULES = ("attention_module", "ffn_module", "norm_module", "model_module", "options")
 # A batch means the same whatever mesh it is spread over and however it is cut.
 # A gate may be made to wait longer: what has been decided stands in gates.jsonl.
 _FREE_STAGE_KEYS = ("mesh", "micro_batch_tokens", "gate")
+
+
+class Start(NamedTuple):
+    """What training begins with after `step` steps: arrays sharded on the mesh of that step's stage.
+
+    `average` are the averaged parameters so far, `saved` the checkpoint's metadata, empty without one.
+    """
+
+    step: int
+    state: TrainState
+    average: Params | None = None
+    saved: Mapping[str, Any] = {}
+
+
+def start_of_run(run: Run, layout: Layout) -> Start:
+    """The first step, from random parameters or `config.init_from`."""
+    return Start(0, first_state(run.config, run.corpora, layout))
+
+
+def start_of_checkpoint(run: Run, layout: Layout, restored: Restored) -> Start:
+    state = TrainState(restored.params, restored.optimizer)
+    average = restored.average
+    if average is not None:
+        average = relayout(average, run.config.model, None, layout)
+    state = relayout(state, run.config.model, None, layout, run.config.optimizer)
+    return Start(restored.step, state, average, restored.metadata)
+
+
+def abstract_saved(config: RunConfig, layout: Layout) -> TrainState:
+    """Shapes and shardings of a state as checkpoints hold it."""
+    return abstract_state(config.model, config.optimizer, layout, saved=True)
+
+
+def start_of(run: Run, checkpoints: Checkpoints, gates: GateLog, events: Events) -> Start:
+    """Where a run goes on: its newest valid checkpoint, or its beginning; applies its verdicts.
+
+    Raises:
+      UserError: the checkpoint is of another run, or see `restore_newest`.
+    """
+    layouts, so_far = stage_layouts(run), Incidents(run, events).state()
+
+    def check(saved: dict) -> None:
+        gates.back_to(saved["step"], saved.get("gates", ()))
+        apply_verdicts(run, gates.verdicts)
+        now = run_metadata(run.config, run.timeline, run.corpora, saved["step"], so_far)
+        check_same_run(saved, now)
+
+    def layout(step: int) -> Layout:
+        return layouts[run.timeline.stage_index(step)]
+
+    restored = restore_newest(
+        checkpoints, lambda step: abstract_saved(run.config, layout(step)), check
+    )
+    if restored:
+        return start_of_checkpoint(run, layout(restored.step), restored)
+    gates.back_to(0, ())
+    return start_of_run(run, layouts[0])
 
 
 def run_metadata(
@@ -54,9 +100,8 @@ def run_metadata(
     """
     tokenizer = next(iter(corpora.values())).info.tokenizer
     begun = [stage for stage in timeline.stages if stage.first_step < max(step, 1)]
-    model = config.model.model_copy(update={"rope": begun[-1].rope})
     length = max(stage.length for stage in begun)
-    return model_metadata(model, tokenizer, length) | {
+    return model_metadata(stage_model(config, begun[-1]), tokenizer, length) | {
         "step": step,
         "consumed_tokens": timeline.consumed(step),
         **(incidents or {}),
@@ -84,80 +129,6 @@ def _past_learning_rates(timeline: Timeline, step: int) -> dict[str, float]:
     return {str(s): timeline.step_learning_rate(s) for s in past}
 
 
-def first_state(config: RunConfig, corpora: dict[str, Corpus], layout: Layout) -> TrainState:
-    """What a run begins with: fresh, or from `config.init_from`.
-
-    Raises:
-      UserError: nothing usable there, or it is of another model or tokenizer.
-    """
-    fresh = functools.partial(init_state, config.model, config.optimizer, layout, config.seed)
-    if config.init_from is None:
-        return fresh()
-    path = Path(config.init_from)
-    if (path / CHECKPOINTS).is_dir() and not config.init_anew:
-        return _of_newest_checkpoint(config, corpora, layout)
-    loaded = load(path, lambda model: abstract_params(model, layout, saved=True))
-    _check_start(config, corpora, loaded.config, loaded.tokenizer, _FREE_MODULES)
-    given = relayout(loaded.params, loaded.config, None, layout)
-    given = dict(jax.tree_util.tree_leaves_with_path(given))
-    state = fresh()
-
-    def choose(path, new: jax.Array) -> jax.Array:
-        if path in given:
-            return given.pop(path)
-        if path[-1].key in config.init_anew:
-            return new
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        raise UserError(
-            f"config.init_from: {config.init_from} lacks the model's parameter {name}; with "
-            f"config.init_anew=('{path[-1].key}',) it starts as in a fresh model"
-        )
-
-    params = jax.tree_util.tree_map_with_path(choose, state.params)
-    if given:
-        name = jax.tree_util.keystr(next(iter(given)), simple=True, separator=".")
-        raise UserError(f"config.init_from: {config.init_from} has {name}, the model has not")
-    return state._replace(params=params)
-
-
-def _of_newest_checkpoint(
-    config: RunConfig, corpora: dict[str, Corpus], layout: Layout
-) -> TrainState:
-    """With the optimizer's state."""
-    directory = Path(config.init_from) / CHECKPOINTS
-    checkpoints = Checkpoints(directory, keep_last=1, keep_every=1)  # nothing is saved there
-    if not (steps := checkpoints.steps()):
-        raise UserError(f"config.init_from: {directory} holds no checkpoint")
-    try:
-        saved = checkpoints.metadata(steps[-1])
-        model = ModelConfig.model_validate(saved["model"])
-        _check_start(config, corpora, model, saved["tokenizer"])
-        abstract = abstract_state(config.model, config.optimizer, layout, saved=True)
-        restored = checkpoints.restore(steps[-1], *abstract)
-    except DamagedCheckpoint as error:
-        raise UserError(
-            f"config.init_from: {directory / str(steps[-1])} is damaged: {error}"
-        ) from None
-    state = TrainState(restored.params, restored.optimizer)
-    return relayout(state, config.model, None, layout, config.optimizer)
-
-
-def _check_start(
-    config: RunConfig,
-    corpora: dict[str, Corpus],
-    model: ModelConfig,
-    tokenizer: str | None,
-    free: tuple[str, ...] = (),
-) -> None:
-    for key in ModelConfig.model_fields:
-        value, was = getattr(config.model, key), getattr(model, key)
-        if key not in (*_FREE_MODEL_KEYS, *free) and was != value:
-            raise UserError(f"config.model.{key} is {value!r}, but {config.init_from} was "
-                            f"trained with {was!r}")  # fmt: skip
-    if tokenizer not in (None, next(iter(corpora.values())).info.tokenizer):
-        raise UserError(f"config.init_from: {config.init_from} has another tokenizer")
-
-
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to go on with a checkpoint of another run.
 
@@ -178,7 +149,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     # By way of the config: an older checkpoint lacks keys that were added since.
     before = model_metadata(ModelConfig.model_validate(saved["model"]), None)["model"]
     for key, value in now["model"].items():
-        if key not in _FREE_MODEL_KEYS:
+        if key not in FREE_MODEL_KEYS:
             compare(f"config.model.{key}", before[key], value)
     optimizer = OptimizerConfig.model_validate(saved["config"]["optimizer"])
     for key, value in optimizer.model_dump(mode="json").items():

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ GOODPUT_FILE = "goodput.json"
 CATEGORIES = {
     "step": "training steps that the run still has",
     "data": "waiting for batches",
-    "compile": "the first call of each stage's step",
+    "compile": "waiting for a stage's step to be compiled",
     "checkpoint": "saving, as far as training waited for it",
     "evaluation": "held-out losses and samples",
     "setup": "starting, restoring, changing stages",
@@ -62,7 +62,6 @@ class Ledger:
         self._clock = clock or (lambda: time.monotonic() + offset)
         self._path, self._sessions = path, _read(path)
         self.step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_REMEMBERED)
-        self._compiled: set[tuple[Hashable, ...]] = set()
         self._written, self._write_took = self._clock(), 0.0
         born = psutil.Process().create_time() if born is None else born
         # The system's boot time is known to a second only.
@@ -101,12 +100,6 @@ class Ledger:
             yield
         finally:
             self.enter(before)
-
-    def calling(self, *what: Hashable) -> contextlib.AbstractContextManager[None]:
-        """Books a call of a function for some shape: the first one compiles."""
-        first = what not in self._compiled
-        self._compiled.add(what)
-        return self.booking("compile") if first else contextlib.nullcontext()
 
     def fetched(self, batches: Iterable[ItemT]) -> Iterator[ItemT]:
         """The batches; waiting for one is `data`, what is done with it `step`."""

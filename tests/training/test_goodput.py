@@ -34,7 +34,7 @@ def train(ledger: Ledger, clock: Clock, first: int, last: int, compiles: bool = 
             yield step
 
     for step in ledger.fetched(batches()):
-        with ledger.calling("shape"):
+        with ledger.booking("compile"):
             clock.now += 30 if compiles and step == first else 0
         clock.now += 2
         ledger.stepped(step + 1)

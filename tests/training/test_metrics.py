@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from llama3_jax.errors import UserError
-from llama3_jax.training import metrics
+from llama3_jax.training import json_log
 from llama3_jax.training.metrics import MetricsWriter, read_metrics
 
 
@@ -56,7 +56,7 @@ def test_a_full_disk_is_an_error_and_no_hang(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tail", ["", '{"kind": "train", "ste'])
 def test_a_file_is_cut_from_its_end(tmp_path, monkeypatch, block, tail):
     """Without reading what stays: the first line is no record, and nobody finds out."""
-    monkeypatch.setattr(metrics, "_BLOCK", block)
+    monkeypatch.setattr(json_log, "_BLOCK", block)
     kept = ["no record\n"]
     kept += [f'{{"kind": "train", "step": {step}, "tokens": 1}}\n' for step in range(1, 40)]
     kept += ['{"kind": "validation", "step": 39, "tokens": 1}\n']
@@ -74,6 +74,7 @@ def test_a_file_is_cut_from_its_end(tmp_path, monkeypatch, block, tail):
 
 def test_a_file_of_later_records_alone_becomes_empty(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
+    assert read_metrics(tmp_path) == []  # it is there before the first record
     writer.write("train", 1, 1, {"loss": 1.0})
     writer.close()
     writer = MetricsWriter(tmp_path, 0)
@@ -94,6 +95,6 @@ def test_opening_a_long_file_reads_its_end_alone(tmp_path, monkeypatch):
             file.write(f'{{"kind": "train", "step": {step}, "tokens": 1}}\n')
     parsed = []
     loads = json.loads
-    monkeypatch.setattr(metrics.json, "loads", lambda line: parsed.append(1) or loads(line))
+    monkeypatch.setattr(json_log.json, "loads", lambda line: parsed.append(1) or loads(line))
     MetricsWriter(tmp_path, 49_990).close()
     assert len(parsed) == 11
