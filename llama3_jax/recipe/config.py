@@ -59,6 +59,13 @@ class ValidationConfig(Config):
     length: pydantic.PositiveInt | None = None
 
 
+class StatisticsConfig(Config):
+    """Per layer, every `every_steps`: root mean square and largest absolute value of what the modules
+    sow (model/sowing.py), and of the gradients and updates of their parameters."""
+
+    every_steps: pydantic.PositiveInt
+
+
 class SampleConfig(Config):
     """Text generated greedily from each prompt whenever validation runs, for the report."""
 
@@ -87,6 +94,7 @@ class RunConfig(Config):
     validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
     samples: SampleConfig = SampleConfig()
+    statistics: StatisticsConfig | None = None
     health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     xla: XlaConfig = XlaConfig()

@@ -25,20 +25,23 @@ from llama3_jax.training.step import NO_LIMITS, compile_step
 COMPILE_STEPS, LOADER_STEPS = 1_000, 20
 
 
-def step_arguments(run: Run, index: int, layout: Layout, batch: Mapping[str, np.ndarray]) -> tuple:
+def step_arguments(
+    run: Run, index: int, layout: Layout, batch: Mapping[str, np.ndarray], statistics: bool = False
+) -> tuple:
     """Of `compiled_step`, for a stage; `batch` is one of any stage."""
     config, stage = run.config, run.timeline.stages[index]
     shape = stage.batch_rows, stage.length
     shapes = tuple((name, shape[: array.ndim], array.dtype) for name, array in batch.items())
     model, sources = stage_model(config, stage), len(run.batches.sources)
-    return model, config.optimizer, layout, stage.micro_batches, sources, config.xla, shapes
+    own = config.optimizer, layout, stage.micro_batches, sources, config.xla
+    return model, *own, shapes, statistics
 
 
 @functools.cache
-def compiled_step(model, optimizer, layout, micro_batches, sources, xla, shapes):
+def compiled_step(model, optimizer, layout, micro_batches, sources, xla, shapes, statistics):
     """The train step (see `compile_step`) as an executable for batches of `shapes`: of each array
     name, shape and dtype. Compiled once a process; allocates no arrays."""
-    step = compile_step(model, optimizer, layout, micro_batches, sources, xla)
+    step = compile_step(model, optimizer, layout, micro_batches, sources, xla, statistics)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
     batch = {
         name: x.update(sharding=NamedSharding(layout.mesh, batch_spec(x, layout)))
@@ -72,8 +75,10 @@ class StageAhead:
         left = stages[index].first_step - step
         begun = self._compiling is not None and self._compiling[0] == index
         if left <= COMPILE_STEPS and not begun and run.config.xla.compile_ahead:
-            arguments = step_arguments(run, index, layouts[index], batch)
-            self._compiling = index, self._pool.submit(compiled_step, *arguments)
+            for statistics in (False, True) if run.config.statistics else (False,):
+                arguments = step_arguments(run, index, layouts[index], batch, statistics)
+                future = self._pool.submit(compiled_step, *arguments)
+                self._compiling = index, self._compiling[1] if statistics else future
         if 0 < left <= LOADER_STEPS and self._loader is None:
             loader = open_loader(run, index, 0, layouts[index])
             loader.start_prefetch()

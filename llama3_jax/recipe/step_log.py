@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from llama3_jax.model.flops import training_flops
 from llama3_jax.recipe.incidents import Incidents
@@ -73,8 +74,19 @@ class StepLog:
             "seconds": seconds,
             **rates,
         }
+        if m.auxiliary_loss:
+            record["auxiliary_loss"] = json_number(m.auxiliary_loss)
+        if m.statistics:  # [layers] each
+            record["layers"] = {
+                name: {"rms": _numbers(found.rms), "largest": _numbers(found.largest)}
+                for name, found in m.statistics.items()
+            }
         tokens = self._run.timeline.consumed(step) + stage.batch_tokens
         self._metrics.write("train", step + 1, tokens, record)
         record |= {"step": step + 1, "tokens": tokens, "loss": float(m.loss)}
         self._progress.step(record, last=step + 1 == self._run.timeline.steps)
         self._incidents.judge(step, float(m.loss), float(m.grad_norm))
+
+
+def _numbers(values: np.ndarray) -> list[float | str]:
+    return [json_number(value) for value in np.asarray(values)]

@@ -24,6 +24,7 @@ from llama3_jax.model.definition import Params
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import of_first
 from llama3_jax.parallel.sharding import put_batch
+from llama3_jax.recipe.config import RunConfig
 from llama3_jax.recipe.incidents import Incidents
 from llama3_jax.recipe.prepare import Run, stage_layouts, stage_model
 from llama3_jax.recipe.resume import Start, start_of_run
@@ -80,7 +81,8 @@ class Trainer:
         self.log = StepLog(run, self.metrics, self.progress, devices_peak, self.incidents)
         self._first_step, self._recorded = self.step, _recorded(self.metrics.of_step)
         self._owed = False  # whether a signal kept something from being measured
-        self._ahead, self._stage, self._step_function = StageAhead(), None, None
+        self._ahead, self._stage = StageAhead(), None
+        self._step_functions: dict[bool, jax.stages.Compiled] = {}  # with statistics and without
         if self.step < run.timeline.steps:  # else the job ended earlier
             self.ledger.begin(self.step)
 
@@ -109,13 +111,14 @@ class Trainer:
         index = self.run.timeline.stage_index(step)
         stage = self.run.timeline.stages[index]
         self._enter(index)
-        if self._step_function is None:
+        statistics = statistics_due(self.run.config, step)
+        if statistics not in self._step_functions:
             with self.ledger.booking("compile"):
-                arguments = step_arguments(self.run, index, self.layout, batch)
-                self._step_function = self._ahead.compiled_step(*arguments)
+                arguments = step_arguments(self.run, index, self.layout, batch, statistics)
+                self._step_functions[statistics] = self._ahead.compiled_step(*arguments)
         rate = np.float32(self.run.timeline.step_learning_rate(step))
         self._trace.before(step)
-        self.state, metrics = self._step_function(
+        self.state, metrics = self._step_functions[statistics](
             self.state, put_batch(batch, self.layout), rate, self.incidents.limits(step)
         )
         self._trace.after(step, metrics)
@@ -191,7 +194,7 @@ class Trainer:
     def _enter(self, index: int) -> None:
         """Stage number `index` begins, unless it is under way."""
         if index != self._stage:
-            self._stage, self._step_function = index, None
+            self._stage, self._step_functions = index, {}
         self._reshard(self.layouts[index])
 
     def _reshard(self, layout: Layout) -> None:
@@ -200,6 +203,11 @@ class Trainer:
                 before, self.layout = self.layout, layout
                 config = self.run.config
                 self.state = relayout(self.state, config.model, before, layout, config.optimizer)
+
+
+def statistics_due(config: RunConfig, step: int) -> bool:
+    """Whether the step after `step` steps gives statistics of its layers."""
+    return config.statistics is not None and (step + 1) % config.statistics.every_steps == 0
 
 
 def _recorded(records: Sequence[Mapping[str, Any]]) -> set[tuple[str, str | None]]:

@@ -185,3 +185,20 @@ def test_compiling_ahead_can_be_switched_off(corpora, compilations):
         trainer.train_step(batch)
     trainer.close()
     assert [in_main for in_main, _ in compilations] == [True] * 3
+
+
+def test_statistics_of_each_layer_every_so_many_steps(corpora):
+    trainer = Trainer(make_run(corpora, statistics=dict(every_steps=3)))
+    for batch in trainer.batches():
+        trainer.train_step(batch)
+        if trainer.step == STEPS + 2:
+            break
+    trainer.log.flush()
+    trainer.close()
+    found = {r["step"]: r["layers"] for r in trainer.metrics.records if "layers" in r}
+    assert set(found) == {3, 6}
+    for layers in found.values():
+        assert {"output", "attention/logits", "ffn/up/gradient", "ffn/up/update"} <= set(layers)
+        for name, values in layers.items():
+            assert len(values["rms"]) == len(values["largest"]) == 2, name
+            assert all(0 < r <= m for r, m in zip(values["rms"], values["largest"], strict=True))
