@@ -5,8 +5,8 @@
         trainer.train_step(batch)
         trainer.act()                      # whatever of `trainer.actions` is due
 
-Without more arguments it writes nothing: its metrics are in `trainer.metrics.records`. All processes
-of a run make the same calls in the same order.
+Without more arguments it writes nothing: its metrics are in `trainer.metrics.records`. A gate that no
+action asks counts as passed. All processes of a run make the same calls in the same order.
 """
 
 import contextlib
