@@ -33,7 +33,7 @@ from llama3_jax.schema import parse
 
 FLAGS = flags.FLAGS
 # A backward pass is about two forwards, and three where the layer is computed again.
-_BACKWARD_COST = {"none": 2.0, "save_products": 2.0}
+_BACKWARD_COST = {"none": 2.0, "save_dots": 2.0}
 
 
 def define_flags() -> None:
@@ -88,7 +88,7 @@ def show(plan: Plan) -> None:
     console.print(
         f"{define(case.model).parameter_count():,} parameters, {tables.layout_text(case)}: "
         f"{case.mesh.devices:,} H100s; {case.rows:,} rows of {case.length:,} tokens in "
-        f"{case.micro_batches} micro-batches; remat {case.model.remat}, fsdp {case.mesh.fsdp}, "
+        f"{case.micro_batches} micro-batches; remat {case.model.remat}, reshard_after_forward {case.mesh.reshard_after_forward}, "
         f"attention {case.model.attention}"
     )
     console.print(tables.memory_table(plan))

@@ -69,25 +69,25 @@ def compilation_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def door(compilation_cache):
+def command(compilation_cache):
     """Runs `python -m llama3_jax.<name>` as a user does, on one CPU device."""
 
     def run(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", f"llama3_jax.{name}", *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(
+            command, capture_output=True, text=True, cwd=REPOSITORY, env=command_environment(
                 compilation_cache), timeout=300, **options,
         )  # fmt: skip
 
     return run
 
 
-# Imports a door once; then forks for each line of standard input, which says what to run where.
+# Imports a program once; then forks for each line of standard input, which says what to run where.
 FORKING = """
 import importlib, json, os, runpy, signal, sys, warnings
 name = sys.argv[1]
 importlib.import_module(name)
-warnings.filterwarnings("ignore", module="runpy")  # it says that the door is imported already
+warnings.filterwarnings("ignore", module="runpy")  # it says that the program is imported already
 for line in sys.stdin:
     arguments, out, error = json.loads(line)
     if not (child := os.fork()):
@@ -103,8 +103,8 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def forked_door(compilation_cache, tmp_path_factory):
-    """As `door`, without the two seconds of imports: for the many runs that end with an error."""
+def forked_command(compilation_cache, tmp_path_factory):
+    """As `command`, without the two seconds of imports: for the many runs that end with an error."""
     folder, servers, count = tmp_path_factory.mktemp("forked"), {}, itertools.count()
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -112,7 +112,7 @@ def forked_door(compilation_cache, tmp_path_factory):
             servers[name] = subprocess.Popen(
                 [sys.executable, "-c", FORKING, f"llama3_jax.{name}"], cwd=REPOSITORY, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env=door_environment(compilation_cache),
+                env=command_environment(compilation_cache),
             )  # fmt: skip
         number = next(count)
         out, error = (folder / f"{number}.{kind}" for kind in ("out", "error"))
@@ -125,7 +125,7 @@ def forked_door(compilation_cache, tmp_path_factory):
         server.communicate()
 
 
-def door_environment(compilation_cache: Path) -> dict[str, str]:
+def command_environment(compilation_cache: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return environment | {
         "JAX_PLATFORMS": "cpu",

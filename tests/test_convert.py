@@ -1,4 +1,4 @@
-"""The conversion door: both directions, and what it refuses before it reads any weights."""
+"""The conversion program: both directions, and what it refuses before it reads any weights."""
 
 import json
 import shutil
@@ -92,8 +92,8 @@ def test_refusals(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_door_prints_one_line_and_exits_with_2(door, tmp_path):
-    result = door("convert", f"--from={tmp_path}", f"--to={tmp_path / 'out'}")
+def test_program_prints_one_line_and_exits_with_2(command, tmp_path):
+    result = command("convert", f"--from={tmp_path}", f"--to={tmp_path / 'out'}")
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: --from=") and "is neither a Hugging Face directory" in line

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, command_environment
 
 COMMAND = re.compile(r"python -m ((?:llama3_jax|experiments)(?:\.\w+)+)((?:\\\n|[^\n])*)")
 CONFIG = "experiments/demo/train.py"
@@ -105,7 +105,7 @@ for line in sys.stdin:
 def parse(compilation_cache):
     server = subprocess.Popen(
         [sys.executable, "-c", PARSING], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=door_environment(compilation_cache),
+        stdout=subprocess.PIPE, env=command_environment(compilation_cache),
     )  # fmt: skip
 
     def run(module: str, *arguments: str) -> tuple[int, str]:

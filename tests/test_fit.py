@@ -1,4 +1,4 @@
-"""The fit door, run as a user runs it."""
+"""The fit program, run as a user runs it."""
 
 import csv
 import json
@@ -23,10 +23,10 @@ def sweep():
     return {"flops": runs.flops, "tokens": runs.tokens, "loss": runs.loss}
 
 
-def test_isoflop_writes_the_keys_and_the_plots(door, tmp_path, sweep):
+def test_isoflop_writes_the_keys_and_the_plots(command, tmp_path, sweep):
     data = write_csv(tmp_path / "runs.csv", **sweep)
     out, page = tmp_path / "out.json", tmp_path / "plots.html"
-    done = door("fit", "isoflop", "--data", str(data), "--target_flops", "3.8e25",
+    done = command("fit", "isoflop", "--data", str(data), "--target_flops", "3.8e25",
                 "--json", str(out), "--report", str(page), "--resamples=100")  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -72,11 +72,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_tables_get_a_clear_line(door, tmp_path, sweep, case):
+def test_bad_tables_get_a_clear_line(command, tmp_path, sweep, case):
     spoil, message = CASES[case]
     data = write_csv(tmp_path / "runs.csv", **spoil(sweep))
     out = tmp_path / "out.json"
-    done = door("fit", "isoflop", f"--data={data}", "--target_flops=1e24", f"--json={out}")
+    done = command("fit", "isoflop", f"--data={data}", "--target_flops=1e24", f"--json={out}")
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not out.exists()
@@ -97,15 +97,15 @@ def test_bad_tables_get_a_clear_line(door, tmp_path, sweep, case):
         ),
     ],
 )
-def test_bad_options_get_a_clear_line(door, arguments, message):
-    done = door("fit", *arguments)
+def test_bad_options_get_a_clear_line(command, arguments, message):
+    done = command("fit", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_plan_names_the_next_run(door, tmp_path, sweep):
+def test_plan_names_the_next_run(command, tmp_path, sweep):
     data, out = write_csv(tmp_path / "runs.csv", **sweep), tmp_path / "plan.json"
-    done = door("fit", "plan", f"--data={data}", "--target_flops=1e24", "--budget=1e20",
+    done = command("fit", "plan", f"--data={data}", "--target_flops=1e24", "--budget=1e20",
                 f"--json={out}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     best = json.loads(out.read_text())["candidates"][0]
@@ -113,7 +113,7 @@ def test_plan_names_the_next_run(door, tmp_path, sweep):
     assert {"shape", "tokens", "batch_tokens", "width_ratio"} <= set(best)
 
 
-def test_mix_prints_the_best_mix(door, tmp_path):
+def test_mix_prints_the_best_mix(command, tmp_path):
     rng = np.random.default_rng(0)
     weights = rng.dirichlet(np.ones(3), 60)
     loss = 1.5 + np.exp(weights @ [-1.0, 0.5, 0.2])
@@ -123,17 +123,17 @@ def test_mix_prints_the_best_mix(door, tmp_path):
     common = (f"--weights={tmp_path / 'w.csv'}", f"--losses={tmp_path / 'l.csv'}",
               "--laws=exponential", "--laws=linear")  # fmt: skip
     out = tmp_path / "mix.json"
-    done = door("fit", "mix", *common, "--available=a=10", "--total_tokens=100", f"--json={out}")
+    done = command("fit", "mix", *common, "--available=a=10", "--total_tokens=100", f"--json={out}")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["law"] == "exponential"
     assert found["optimum"]["a"] == pytest.approx(0.4, abs=1e-6)  # four epochs of it
-    done = door("fit", "mix", *common, "--available=d=10", "--total_tokens=100")
+    done = command("fit", "mix", *common, "--available=d=10", "--total_tokens=100")
     assert done.returncode == 2 and "source 'd' is unknown; known: a, b, c" in done.stderr
 
 
 @pytest.mark.slow
-def test_downstream_and_probe_print_their_tables(door, tmp_path):
+def test_downstream_and_probe_print_their_tables(command, tmp_path):
     params = np.repeat([1e8, 2e8, 4e8, 8e8], 2)
     tokens = params * np.tile([20, 80], 4)
     nll = 0.4 + 30 * params**-0.25 + 60 * tokens**-0.25
@@ -141,13 +141,13 @@ def test_downstream_and_probe_print_their_tables(door, tmp_path):
         tmp_path / "d.csv", run=[f"r{i}" for i in range(8)], params=params, tokens=tokens, nll=nll,
         accuracy=0.9 - 0.5 / (1 + np.exp(-5 * (nll - 0.8))),
     )  # fmt: skip
-    done = door("fit", "downstream", f"--data={data}", "--target_params=1e10",
+    done = command("fit", "downstream", f"--data={data}", "--target_params=1e10",
                 "--target_tokens=1e12", "--resamples=50")  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in ("linear", "power", "surface", "extrapolated", "back-test"):
         assert text in done.stdout
     data = write_csv(tmp_path / "p.csv", arm=["control"] * 3 + ["new"] * 3, seed=[0, 1, 2] * 2,
                      benchmark=["gsm8k"] * 6, score=[0.1, 0.11, 0.12, 0.3, 0.31, 0.32])  # fmt: skip
-    done = door("fit", "probe", f"--data={data}")
+    done = command("fit", "probe", f"--data={data}")
     assert done.returncode == 0, done.stderr
     assert "better" in done.stdout and "smallest detectable" in done.stdout

@@ -1,4 +1,4 @@
-"""The planning door as a user runs it."""
+"""The planning program as a user runs it."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from llama3_jax.planning import compiler
 ROW = "--config=experiments/production/llama3_405b.py:8k_16384"
 
 
-def test_closed_forms_alone_are_quick_and_whole(door, tmp_path):
+def test_closed_forms_alone_are_quick_and_whole(command, tmp_path):
     target = tmp_path / "plan.json"
-    done = door("plan", ROW, "--nocompile", f"--json={target}")
+    done = command("plan", ROW, "--nocompile", f"--json={target}")
     assert done.returncode == 0, done.stderr
     assert "16,384 H100s" in done.stdout and "days" in done.stdout
     plan = json.loads(target.read_text())
@@ -25,8 +25,8 @@ def test_closed_forms_alone_are_quick_and_whole(door, tmp_path):
     assert all(entry["source"] for entry in plan["constants"].values())
 
 
-def test_all_stages_are_a_line_each(door):
-    done = door(
+def test_all_stages_are_a_line_each(command):
+    done = command(
         "plan", "--config=experiments/demo/train.py", "--all_stages", "--nocompile",
         "--config.mesh.data=1",
     )  # fmt: skip
@@ -35,8 +35,8 @@ def test_all_stages_are_a_line_each(door):
         assert stage in done.stdout
 
 
-def test_the_schedule_as_a_chart(door):
-    done = door(
+def test_the_schedule_as_a_chart(command):
+    done = command(
         "plan",
         ROW,
         "--show_schedule",
@@ -47,8 +47,8 @@ def test_the_schedule_as_a_chart(door):
     assert "rank 0" in done.stdout and "rank 1" in done.stdout and "bubble" in done.stdout
 
 
-def test_search_without_compiling(door):
-    done = door("plan", ROW, "--search", "--gpus=8192", "--nocompile", "--best=2")
+def test_search_without_compiling(command):
+    done = command("plan", ROW, "--search", "--gpus=8192", "--nocompile", "--best=2")
     assert done.returncode == 0, done.stderr
     assert "fit by the closed form" in done.stdout
 
@@ -76,8 +76,8 @@ def test_search_without_compiling(door):
         ),
     ],
 )
-def test_one_line_for_what_cannot_be(door, arguments, message):
-    done = door("plan", *arguments)
+def test_one_line_for_what_cannot_be(command, arguments, message):
+    done = command("plan", *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, command_environment
 
 from tests import program_runs
 from tests.file_systems import full_disk, read_only
@@ -27,11 +27,11 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def program(inputs, forked_door):
+def program(inputs, forked_command):
     """Runs the small case of a program, with its output at a path and more options."""
 
     def run(name: str, out: Path, *options: str) -> subprocess.CompletedProcess:
-        return forked_door(*program_runs.commands(inputs)[name](out), *options)
+        return forked_command(*program_runs.commands(inputs)[name](out), *options)
 
     return run
 
@@ -76,13 +76,13 @@ def test_an_output_that_exists_is_replaced_only_when_told_so(name, program, tmp_
     }
 
 
-def test_an_input_is_no_output(inputs, program, forked_door, tmp_path):
+def test_an_input_is_no_output(inputs, program, forked_command, tmp_path):
     runs = f"--json={inputs}/runs.csv"
     for done in (
-        forked_door("fit", "plan", f"--data={inputs}/runs.csv", "--target_flops=1e24",
+        forked_command("fit", "plan", f"--data={inputs}/runs.csv", "--target_flops=1e24",
                     "--budget=1e20", runs, "--overwrite"),
-        forked_door("convert", f"--from={inputs}/hf", f"--to={inputs}/hf", "--overwrite"),
-        forked_door("convert", "average", f"--from={inputs}/model", f"--from={inputs}/other",
+        forked_command("convert", f"--from={inputs}/hf", f"--to={inputs}/hf", "--overwrite"),
+        forked_command("convert", "average", f"--from={inputs}/model", f"--from={inputs}/other",
                     f"--to={inputs}/other", "--overwrite"),
     ):  # fmt: skip
         assert done.returncode == 2 and "is also an input" in one_line(done)
@@ -147,11 +147,11 @@ def test_hugging_face_weights_are_evaluated_as_the_same_model_folder(inputs, pro
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["train", "plan", "curate"])
 def test_an_error_in_a_config_file_is_told_with_its_line(
-    name, text, message, forked_door, tmp_path
+    name, text, message, forked_command, tmp_path
 ):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    done = forked_door(name, f"--config={path}:a", "--config.lr=3", f"--workdir={tmp_path}/run"
+    done = forked_command(name, f"--config={path}:a", "--config.lr=3", f"--workdir={tmp_path}/run"
                        if name != "plan" else "--nocompile")  # fmt: skip
     assert done.returncode == 2
     line = one_line(done)
@@ -178,8 +178,8 @@ def test_an_error_in_a_config_file_is_told_with_its_line(
         (["launch"], ["--root", "--sweep", "--slurm"]),
     ],
 )
-def test_help_lists_the_options(arguments, options, forked_door):
-    done = forked_door(*arguments, "--help")
+def test_help_lists_the_options(arguments, options, forked_command):
+    done = forked_command(*arguments, "--help")
     assert done.returncode == 0 and done.stderr == ""
     for option in options:
         assert f"\n  {option}" in done.stdout
@@ -204,7 +204,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(inputs, compilation_cache):
                                    "--budget=1e20"]):  # fmt: skip
         command = [sys.executable, "-m", "llama3_jax.fit", *arguments]
         done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True,
-                              cwd=REPOSITORY, env=door_environment(compilation_cache))  # fmt: skip
+                              cwd=REPOSITORY, env=command_environment(compilation_cache))  # fmt: skip
         assert (done.returncode, done.stderr) == (141, "")
     os.close(writable)
 
@@ -219,7 +219,7 @@ class Started:
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"llama3_jax.{arguments[0]}", *arguments[1:]],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-            env=door_environment(compilation_cache), start_new_session=True,
+            env=command_environment(compilation_cache), start_new_session=True,
         )  # fmt: skip
         # From its second thread on it listens: a fraction of a second after Python has started.
         while self.process.poll() is None and len(self._tasks()) < 2:

@@ -1,4 +1,4 @@
-"""The training door, run as a user runs it."""
+"""The training program, run as a user runs it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
+from conftest import REPOSITORY, command_environment, random_documents, write_jsonl
 
 from llama3_jax.data.tokenizer import Tokenizer
 from llama3_jax.data.tokenizing import Options, tokenize
@@ -62,7 +62,7 @@ def start(config, compilation_cache):
         return subprocess.Popen(
             [sys.executable, "-m", "llama3_jax.train", config, f"--workdir={workdir}", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-            env=door_environment(compilation_cache), **options,
+            env=command_environment(compilation_cache), **options,
         )  # fmt: skip
 
     return start
@@ -157,9 +157,11 @@ def test_a_finished_run_is_left_as_it_is(start, undisturbed):
     assert curve(undisturbed) == before
 
 
-def test_losses_that_are_not_finite_stop_the_run_with_the_documents(forked_door, config, tmp_path):
+def test_losses_that_are_not_finite_stop_the_run_with_the_documents(
+    forked_command, config, tmp_path
+):
     arguments = ["--config.stages[0].lr.peak=1e30", "--config.max_bad_steps=3"]
-    result = forked_door("train", config, f"--workdir={tmp_path}", *arguments)
+    result = forked_command("train", config, f"--workdir={tmp_path}", *arguments)
     assert result.returncode == 2
     records = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert [r["applied"] for r in records[-3:]] == [False] * 3
@@ -167,7 +169,7 @@ def test_losses_that_are_not_finite_stop_the_run_with_the_documents(forked_door,
     last = result.stderr.strip().splitlines()[-1]
     assert "not finite for 3 steps in a row" in last
     step = records[-1]["step"] - 1
-    ledger = forked_door("train", config, f"--documents_of_step={step}").stdout.splitlines()
+    ledger = forked_command("train", config, f"--documents_of_step={step}").stdout.splitlines()
     for entry in map(json.loads, ledger):
         assert f"{entry['source']}:{entry['document']}" in last
 
@@ -188,7 +190,7 @@ def test_a_full_disk_ends_the_run_with_one_line(config, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code, config, f"--workdir={tmp_path / 'run'}",
              "--config.checkpoint.every_steps=1", "--config.checkpoint.keep_every=1"],
-            capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(tmp_path.parent),
+            capture_output=True, text=True, cwd=REPOSITORY, env=command_environment(tmp_path.parent),
         )  # fmt: skip
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
@@ -206,15 +208,15 @@ def test_too_little_space_is_seen_before_the_start(config, tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-c", code, config, f"--workdir={tmp_path}"],
-        capture_output=True, text=True, cwd=REPOSITORY, env=door_environment(tmp_path),
+        capture_output=True, text=True, cwd=REPOSITORY, env=command_environment(tmp_path),
     )  # fmt: skip
     assert result.returncode == 2
     assert "0.0 MB are free, 3 checkpoints need 1." in result.stderr
 
 
-def test_a_second_run_in_a_workdir_is_refused(forked_door, config, tmp_path):
+def test_a_second_run_in_a_workdir_is_refused(forked_command, config, tmp_path):
     with locked(tmp_path / "run"):
-        result = forked_door("train", config, f"--workdir={tmp_path / 'run'}")
+        result = forked_command("train", config, f"--workdir={tmp_path / 'run'}")
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -225,10 +227,10 @@ class TestBadInput:
     """Each gives one line on standard error, exit code 2, and leaves nothing behind."""
 
     @pytest.fixture
-    def refused(self, forked_door, config, tmp_path):
+    def refused(self, forked_command, config, tmp_path):
         def run(*arguments: str, config: str = config) -> str:
             workdir = tmp_path / "run"
-            result = forked_door("train", config, f"--workdir={workdir}", *arguments)
+            result = forked_command("train", config, f"--workdir={workdir}", *arguments)
             assert result.returncode == 2, result.stderr
             assert not workdir.exists()
             (line,) = result.stderr.strip().splitlines()
@@ -273,7 +275,7 @@ class TestBadInput:
         assert "config.modle: unknown key; nearest valid key: model" in line
 
     def test_a_shard_damaged_inside_ends_the_run_and_is_named(
-        self, forked_door, config, corpora, tmp_path
+        self, forked_command, config, corpora, tmp_path
     ):
         shutil.copytree(corpora / "a/train", tmp_path / "a")
         for shard in (tmp_path / "a").glob("*.arrayrecord"):
@@ -281,7 +283,7 @@ class TestBadInput:
             data[200:-200] = bytes(len(data) - 400)
             shard.write_bytes(data)
         where = [f"--workdir={tmp_path}/run", f"--config.data.sources.a.train={tmp_path}/a"]
-        result = forked_door("train", config, *where)
+        result = forked_command("train", config, *where)
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
         assert ".arrayrecord: damaged at record" in result.stderr.strip().splitlines()[-1]
@@ -309,37 +311,37 @@ def other_corpus(folder: Path) -> None:
     ],
 )
 def test_a_resume_with_another_config_is_refused(
-    forked_door, config, undisturbed, arguments, message
+    forked_command, config, undisturbed, arguments, message
 ):
     before = curve(undisturbed)
-    result = forked_door("train", config, f"--workdir={undisturbed}", *arguments)
+    result = forked_command("train", config, f"--workdir={undisturbed}", *arguments)
     assert result.returncode == 2 and message in result.stderr
     assert curve(undisturbed) == before
 
 
-def test_a_resume_with_another_tokenizer_is_refused(forked_door, config, undisturbed, tmp_path):
+def test_a_resume_with_another_tokenizer_is_refused(forked_command, config, undisturbed, tmp_path):
     other_corpus(tmp_path)
     paths = [f"--config.data.sources.{name}.{split}={tmp_path}/other/{split}"
              for name in "ab" for split in ("train", "validation")]  # fmt: skip
-    result = forked_door("train", config, f"--workdir={undisturbed}", *paths)
+    result = forked_command("train", config, f"--workdir={undisturbed}", *paths)
     assert result.returncode == 2 and "error: the tokenizer is" in result.stderr
 
 
-def test_generate_continues_text_from_the_run(forked_door, undisturbed, tmp_path):
+def test_generate_continues_text_from_the_run(forked_command, undisturbed, tmp_path):
     arguments = [f"--model={undisturbed}", "--max_new_tokens=12"]
-    result = forked_door("generate", *arguments, "--prompt=the model", "--prompt=data")
+    result = forked_command("generate", *arguments, "--prompt=the model", "--prompt=data")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("the model") and len(lines[0]) > len("the model")
     other_corpus(tmp_path)
-    wrong = forked_door("generate", *arguments, "--prompt=x", f"--tokenizer={tmp_path}")
+    wrong = forked_command("generate", *arguments, "--prompt=x", f"--tokenizer={tmp_path}")
     assert wrong.returncode == 2 and "trained with tokenizer" in wrong.stderr
-    missing = forked_door("generate", f"--model={tmp_path}/none", "--prompt=x")
+    missing = forked_command("generate", f"--model={tmp_path}/none", "--prompt=x")
     assert missing.returncode == 2 and "no model here" in missing.stderr
 
 
-def test_check_prints_the_timeline(forked_door, config):
-    result = forked_door("train", config, "--check")
+def test_check_prints_the_timeline(forked_command, config):
+    result = forked_command("train", config, "--check")
     assert result.returncode == 0
     for text in ("7,680 tokens in 22 steps", "annealing", "a 0.7, b 0.3", "epochs"):
         assert text in result.stdout

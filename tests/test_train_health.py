@@ -1,4 +1,4 @@
-"""A run that meets a spike, or hangs, through the training door."""
+"""A run that meets a spike, or hangs, through the training program."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
+from conftest import REPOSITORY, command_environment, random_documents, write_jsonl
 
 from llama3_jax.data import tokenizing
 from llama3_jax.training.metrics import read_metrics
@@ -56,7 +56,7 @@ def train(config, compilation_cache):
         return subprocess.run(
             [sys.executable, "-m", module, config, f"--workdir={workdir}", *arguments],
             capture_output=True, text=True, cwd=REPOSITORY, timeout=300,
-            env=door_environment(compilation_cache) | {"FAULT": fault},
+            env=command_environment(compilation_cache) | {"FAULT": fault},
         )  # fmt: skip
 
     return run
@@ -120,11 +120,11 @@ def test_a_run_killed_right_after_the_rewind_leaves_the_same_batches_out(rewound
     assert curve(workdir) == curve(rewound) and events(workdir) == events(rewound)
 
 
-def test_an_event_is_computed_again(rewound, forked_door, config):
+def test_an_event_is_computed_again(rewound, forked_command, config):
     event = first_rewind(rewound)
     before = sorted(rewound.rglob("*"))
     replay = f"--replay_event={event['event']}"
-    result = forked_door("train", config, f"--workdir={rewound}", replay)
+    result = forked_command("train", config, f"--workdir={rewound}", replay)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].endswith(f"computed again from step {event['rewound_to']}")

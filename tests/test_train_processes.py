@@ -1,4 +1,4 @@
-"""The training door as several processes, run as a user runs it.
+"""The training program as several processes, run as a user runs it.
 
 Two processes are compared with one on two devices, where they agree bit for bit: a sum over two
 ranks is the same in any order. Over four ranks, processes (by gloo) add up in another order than
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment, free_port
+from conftest import REPOSITORY, command_environment, free_port
 
 from llama3_jax.training.metrics import read_metrics
 
@@ -23,7 +23,7 @@ from llama3_jax.recipe.config import run_config
 MESHES = {
     "data": dict(data=2),
     "pipe": dict(pipe=2, virtual_stages=2),
-    "data-tensor": dict(data=2, tensor=2, fsdp="kept"),
+    "data-tensor": dict(data=2, tensor=2, reshard_after_forward=False),
     "pipe-context": dict(pipe=2, context=2),
 }
 
@@ -64,13 +64,13 @@ def config(tmp_path_factory, corpora):
 
 @pytest.fixture(scope="module")
 def start(compilation_cache):
-    """Starts the door as `processes` processes; those left at the end are killed."""
+    """Starts the program as `processes` processes; those left at the end are killed."""
     children = []
 
     def start(
         processes: int, devices: int, *arguments: str, code: str | None = None, cache: bool = True
     ) -> list[subprocess.Popen]:
-        environment = door_environment(compilation_cache) | {
+        environment = command_environment(compilation_cache) | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"
             " --xla_backend_optimization_level=0"  # compiling is what takes time here
         }
@@ -142,7 +142,7 @@ def alone(start, config, tmp_path_factory) -> dict[tuple[str, int], dict]:
     return records
 
 
-# Says on standard error which rows this process reads; then it is the door.
+# Says on standard error which rows this process reads; then it is the program.
 TELLING = """
 import runpy, sys
 from llama3_jax.data.batches import Batches

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, command_environment
 
 from llama3_jax.training.metrics import read_metrics
 
@@ -50,13 +50,13 @@ def train(tmp_path_factory, corpora, compilation_cache):
     folder = tmp_path_factory.mktemp("output")
 
     def run(workdir: Path, fault: str = "none") -> tuple[int, str]:
-        # As `door`, but with what both streams say in one.
+        # As `command`, but with what both streams say in one.
         output = folder / "output.txt"
         child = os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "experiments.benchmarks.faults_program",
              f"--config={path}:{corpora}", f"--workdir={workdir}"],
-            door_environment(compilation_cache)
+            command_environment(compilation_cache)
             | {"FAULT": fault, "PYTHONPATH": str(REPOSITORY)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 1, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),

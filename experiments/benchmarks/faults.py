@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.faults --seed=1
     python -m experiments.benchmarks.faults --only=kill,frozen      # some of the cases
 
-Each case starts the training door as a user does, breaks something, and starts the same command
+Each case starts the training program as a user does, breaks something, and starts the same command
 again and again until it ends, as a launcher does (faults_lives.py). Recovered means: the run came to
 its end, its final weights and optimizer state are those of the undisturbed run bit for bit, and so are
 the records of all its steps. Where batches are to be left out, the run is compared with one that met
@@ -32,8 +32,8 @@ from experiments.benchmarks import faults_restoring
 from experiments.benchmarks.faults_lives import (
     END,
     HALF,
-    Door,
     Life,
+    Program,
     at_step,
     console,
     live,
@@ -115,22 +115,22 @@ def lost_steps(lives: list[Life]) -> list[int]:
 class Faults:
     """The cases; each gives its outcome."""
 
-    def __init__(self, door: Door, folder: Path, rng: random.Random):
-        self.door, self.folder, self.rng = door, folder, rng
+    def __init__(self, program: Program, folder: Path, rng: random.Random):
+        self.program, self.folder, self.rng = program, folder, rng
         self.half = folder / "half"
 
     @functools.cached_property
     def reference(self) -> Path:
         """The undisturbed run."""
         workdir = self.folder / "undisturbed"
-        supervise(lambda: self.door.start(workdir), workdir, iter(()))
+        supervise(lambda: self.program.start(workdir), workdir, iter(()))
         return workdir
 
     @functools.cached_property
     def stopped(self) -> Life:
         """The life of a run that was stopped half way: where most cases begin."""
         stop = at_step(HALF + EVERY - 2, send(signal.SIGTERM))
-        life = live(self.door.start(self.half), self.half, stop)
+        life = live(self.program.start(self.half), self.half, stop)
         assert life.codes == [cli.EXIT_REQUEUE], life
         return life
 
@@ -157,7 +157,7 @@ class Faults:
         """The undisturbed run with validation, evaluation and a gate."""
         workdir = self.folder / "measured"
         if not workdir.exists():
-            begin = lambda: self.door.start(workdir, measured=True, faults=("none",))  # noqa: E731
+            begin = lambda: self.program.start(workdir, measured=True, faults=("none",))  # noqa: E731
             supervise(begin, workdir, iter(()))
         return workdir
 
@@ -174,7 +174,7 @@ class Faults:
     def _kill(self, folder: str, *arguments: str) -> Outcome:
         workdir, told = self.folder / folder, []
         kills = random_kills(FLAGS.kills, self.rng, workdir, told)
-        lives = supervise(lambda: self.door.start(workdir, *arguments), workdir, kills)
+        lives = supervise(lambda: self.program.start(workdir, *arguments), workdir, kills)
         goodput = json.loads((workdir / GOODPUT_FILE).read_text())
         seconds = ", ".join(f"{key} {value:.1f}" for key, value in goodput["seconds"].items())
         booked = sum(goodput["seconds"].values())
@@ -184,7 +184,7 @@ class Faults:
 
     def sigterm(self) -> Outcome:
         workdir = self.copy("sigterm")
-        lives = supervise(lambda: self.door.start(workdir), workdir, iter(()))
+        lives = supervise(lambda: self.program.start(workdir), workdir, iter(()))
         notes = f"saved step {newest(self.half)} and exited with {self.stopped.codes[0]}"
         return self.outcome("SIGTERM", workdir, [self.stopped, *lives], notes)
 
@@ -208,7 +208,7 @@ class Faults:
         files = [p for p in (workdir / CHECKPOINTS / str(step)).rglob("d/*") if p.is_file()]
         path = max(files, key=lambda p: p.stat().st_size)
         path.write_bytes(change(path.read_bytes()))
-        lives = supervise(lambda: self.door.start(workdir), workdir, iter(()))
+        lives = supervise(lambda: self.program.start(workdir), workdir, iter(()))
         lost = [self.stopped.reached - lives[0].began]
         aside = (workdir / "damaged_checkpoints").is_dir()
         notes = f"checkpoint {step}: {'found, set aside' if aside else 'not found'}"
@@ -234,7 +234,7 @@ class Faults:
 
             first = at_step(newest(workdir) + 3, fill)
             lives = supervise(
-                lambda: self.door.start(workdir), workdir, iter([first]), mend=ballast.unlink
+                lambda: self.program.start(workdir), workdir, iter([first]), fix=ballast.unlink
             )
             notes = lives[0].last_lines[0]
             return self.outcome("a full disk", workdir, lives, notes, manual="free the disk")
@@ -253,7 +253,7 @@ class Faults:
                 shard.write_bytes(content)
 
         try:
-            lives = supervise(lambda: self.door.start(workdir), workdir, iter(()), mend=restore)
+            lives = supervise(lambda: self.program.start(workdir), workdir, iter(()), fix=restore)
         finally:
             restore()
         notes = lives[0].last_lines[0]
@@ -275,7 +275,7 @@ class Faults:
         for place, kills in ((reference, ()), (workdir, (first + number + 1, first + number + 8))):
             disturbances = [at_step(step, send(signal.SIGKILL)) for step in kills]
             lives = supervise(
-                lambda place=place: self.door.start(place, argument, faults=(f"nan:{number}",)),
+                lambda place=place: self.program.start(place, argument, faults=(f"nan:{number}",)),
                 place, iter(disturbances),
             )  # fmt: skip
         events = [(place / EVENTS_FILE).read_text() for place in (reference, workdir)]
@@ -299,7 +299,7 @@ class Faults:
         step = newest(workdir) + self.rng.randint(2, EVERY + 5)
         process = self.rng.randrange(2)
         lives = supervise(
-            lambda: self.door.start(workdir, processes=2), workdir,
+            lambda: self.program.start(workdir, processes=2), workdir,
             iter([at_step(step, send(number, process))]),
         )  # fmt: skip
         notes = f"process {process} at step {step}; the other: {lives[0].last_lines[1 - process]}"
@@ -311,7 +311,7 @@ class Faults:
         index, number = divmod(step, STEPS)
         fault = f"stuck:{self.folder}/stuck_once:{index}:{number}"
         lives = supervise(
-            lambda: self.door.start(workdir, processes=2, faults=("", fault)), workdir, iter(())
+            lambda: self.program.start(workdir, processes=2, faults=("", fault)), workdir, iter(())
         )
         stacks = sorted(p.name for p in (workdir / "hangs").iterdir())
         notes = f"{lives[0].last_lines[0]} ({', '.join(stacks)})"
@@ -340,9 +340,9 @@ def main(_) -> int:
         table.add_column(column, overflow="fold")
     rows, begun = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        door = Door(Path(folder))
+        program = Program(Path(folder))
         try:
-            faults = Faults(door, Path(folder), random.Random(seed))
+            faults = Faults(program, Path(folder), random.Random(seed))
             for name in FLAGS.only or CASES:
                 console.print(name)
                 faults.rng = random.Random(f"{seed}/{name}")  # whichever others are run
@@ -362,7 +362,7 @@ def main(_) -> int:
                 console.print(" | ".join(row), markup=False)
                 table.add_row(*row)
         finally:
-            door.close()
+            program.close()
     console.print(table)
     failed = [row["name"] for row in rows if not row["recovered"]]
     console.print(f"{len(rows) - len(failed)} of {len(rows)} recovered in "

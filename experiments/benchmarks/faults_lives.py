@@ -47,7 +47,7 @@ class Life:
     reached: int | None
 
 
-class Door:
+class Program:
     """Starts the training command; all processes share one compilation cache."""
 
     def __init__(self, folder: Path):
@@ -175,9 +175,9 @@ def supervise(
     start: Callable[[], list[subprocess.Popen]],
     workdir: Path,
     disturbances: Iterator[Break | None],
-    mend: Callable[[], None] | None = None,
+    fix: Callable[[], None] | None = None,
 ) -> list[Life]:
-    """Starts the command until it ends by itself; `mend` once, where its code says a person must."""
+    """Starts the command until it ends by itself; `fix` once, where its code says a person must."""
     lives: list[Life] = []
     while len(lives) < MOST_LIVES:
         lives.append(live(start(), workdir, next(disturbances, None)))
@@ -186,9 +186,9 @@ def supervise(
                       f"{lives[-1].last_lines[0][:200]}", markup=False)  # fmt: skip
         if all(code == 0 for code in codes):
             return lives
-        if cli.EXIT_USER_ERROR in codes and mend:
-            mend()
-            mend = None
+        if cli.EXIT_USER_ERROR in codes and fix:
+            fix()
+            fix = None
         elif not any(code in AGAIN for code in codes):
             return lives
     return lives

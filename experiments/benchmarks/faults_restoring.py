@@ -29,14 +29,14 @@ def rewind_few(faults):
     arguments = ("--config.checkpoint.keep_last=2", "--config.health.not_finite=rewind")
     fault = f"nan:{batch},{batch + 1}"
     first = live(
-        faults.door.start(workdir, *arguments, f"--config.health.rewind_steps={back}",
+        faults.program.start(workdir, *arguments, f"--config.health.rewind_steps={back}",
                           faults=(fault,)), workdir, None,
     )  # fmt: skip
     left = newest(workdir)
     refused = first.codes == [cli.EXIT_USER_ERROR] and left == step - EVERY - 5
     refused &= (workdir / REWOUND / f"{step - 5}-0").is_dir()
     lives = supervise(
-        lambda: faults.door.start(workdir, *arguments, faults=(fault,)), workdir, iter(())
+        lambda: faults.program.start(workdir, *arguments, faults=(fault,)), workdir, iter(())
     )
     steps = [r["step"] for r in read_metrics(workdir) if r["kind"] == "train"]
     recovered = refused and lives[-1].codes == [0] and newest(workdir) == END
@@ -58,9 +58,9 @@ def storage(faults):
 def _unread(faults, what: str, name: str):
     workdir = faults.copy(f"read_{what}")
     before = files(workdir)
-    first = live(faults.door.start(workdir, faults=(f"read:{what}",)), workdir, None)
+    first = live(faults.program.start(workdir, faults=(f"read:{what}",)), workdir, None)
     untouched = files(workdir) == before and not (workdir / DAMAGED).exists()
-    lives = supervise(lambda: faults.door.start(workdir), workdir, iter(()))
+    lives = supervise(lambda: faults.program.start(workdir), workdir, iter(()))
     outcome = faults.outcome(
         name, workdir, [first, *lives], first.last_lines[0], manual="start it again", lost=[0]
     )
@@ -72,7 +72,7 @@ def smaller(faults):
     """Half the devices: sums over ranks come in another order, so losses are compared, not bits."""
     workdir = faults.copy("smaller")
     lives = supervise(
-        lambda: faults.door.start(workdir, "--config.mesh.data=1", devices=1), workdir, iter(())
+        lambda: faults.program.start(workdir, "--config.mesh.data=1", devices=1), workdir, iter(())
     )
     ours, theirs = (
         [r["loss"] for r in read_metrics(w) if r["kind"] == "train"]
@@ -91,7 +91,7 @@ def descriptors(faults):
     workdir, limit = faults.copy("descriptors"), 256
 
     def start():
-        children = faults.door.start(workdir)
+        children = faults.program.start(workdir)
         resource.prlimit(children[0].pid, resource.RLIMIT_NOFILE, (limit, limit))
         return children
 
@@ -118,7 +118,7 @@ def long_metrics(faults):
     MetricsWriter(copied, newest(workdir) - 3).close()
     seconds = time.perf_counter() - begun
     shutil.rmtree(copied)
-    lives = supervise(lambda: faults.door.start(workdir), workdir, iter(()))
+    lives = supervise(lambda: faults.program.start(workdir), workdir, iter(()))
     with open(path, encoding="utf-8") as file:
         kept = all(next(file) == filler for _ in range(LINES))
         path.with_name("rest").write_text(file.read())
@@ -152,7 +152,7 @@ def _terminated(faults, place: str):
     workdir = faults.folder / f"terminated_{place}"
     fault = f"terminate:{faults.folder}/terminated_{place}_once:{place}"
     lives = supervise(
-        lambda: faults.door.start(workdir, measured=True, faults=(fault,)), workdir, iter(())
+        lambda: faults.program.start(workdir, measured=True, faults=(fault,)), workdir, iter(())
     )
     begun = read_metrics(workdir)
     outcome = faults.outcome(
@@ -172,9 +172,11 @@ def two_trainers(faults):
     second = []
 
     def start_another(children, workdir: Path) -> None:
-        second.append(live(faults.door.start(workdir), workdir, None))
+        second.append(live(faults.program.start(workdir), workdir, None))
 
-    lives = [live(faults.door.start(workdir), workdir, at_step(newest(workdir) + 3, start_another))]
+    lives = [
+        live(faults.program.start(workdir), workdir, at_step(newest(workdir) + 3, start_another))
+    ]
     outcome = faults.outcome(
         "two trainers in one folder", workdir, lives, second[0].last_lines[0], lost=[0]
     )

@@ -316,7 +316,7 @@ def define_flags() -> None:
         "variant", [], "OPERATION=IMPLEMENTATION: ours once more, so changed."
     )
     remats = get_args(ModelConfig.model_fields["remat"].annotation)
-    flags.DEFINE_enum("remat", "save_products", remats, "Ours.")
+    flags.DEFINE_enum("remat", "save_dots", remats, "Ours.")
     flags.DEFINE_integer("rounds", 3, "Times that each side runs.", lower_bound=1)
     flags.DEFINE_enum("side", None, SIDES, "Be this side (the program starts itself).")
     gpu.define_flags()

@@ -33,7 +33,7 @@ def sweep(directory: str = DEMO) -> list[WorkUnit]:
     """The work units; `directory` holds the corpora, or will."""
     this = "experiments.demo.experiment"
     prepare = WorkUnit(
-        name="prepare", door="experiments.demo.run",
+        name="prepare", program="experiments.demo.run",
         arguments=(f"--workdir={directory}", "--prepare"),
     )  # fmt: skip
     runs = [
@@ -47,13 +47,13 @@ def sweep(directory: str = DEMO) -> list[WorkUnit]:
     return [
         prepare,
         *runs,
-        WorkUnit(name="fit", door=this, arguments=("--fit", f"--experiment={EXPERIMENT}"),
+        WorkUnit(name="fit", program=this, arguments=("--fit", f"--experiment={EXPERIMENT}"),
                  after=after),
         WorkUnit(name=MAIN, config="experiments/demo/train.py", environment=ENVIRONMENT,
                  argument=f"{directory},{EXPERIMENT}/{ladder.PLAN_FILE}", after=("fit",)),
-        WorkUnit(name="forecast", door=this, arguments=("--nofit", f"--experiment={EXPERIMENT}"),
+        WorkUnit(name="forecast", program=this, arguments=("--nofit", f"--experiment={EXPERIMENT}"),
                  after=(MAIN,)),
-        WorkUnit(name="report", door="llama3_jax.launch", after=("forecast",),
+        WorkUnit(name="report", program="llama3_jax.launch", after=("forecast",),
                  arguments=("report", XID, f"--root={ROOT}")),
     ]  # fmt: skip
 

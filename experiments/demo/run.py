@@ -105,7 +105,7 @@ def collect(result: Path) -> None:
 
 
 def curate(result: Path) -> None:
-    """The curation door's work: pages to documents, and what became of them."""
+    """The curation program's work: pages to documents, and what became of them."""
     engine.start()
     curation.run(*configs.parse(get_curation(str(result.parent))), result, say=console.print)
     curation_pages.write_page(result)
@@ -206,7 +206,7 @@ def climb(result: Path) -> None:
 
 
 def train(workdir: Path) -> int:
-    """Runs the training door as a user would; an interruption reaches it, too."""
+    """Runs the training program as a user would; an interruption reaches it, too."""
     command = [sys.executable, "-m", "llama3_jax.train"]
     command += [f"--config={CONFIG}:{workdir}", f"--workdir={workdir}"]
     # Huge pages for XLA's buffers: a tenth off the step. Must be there when the process starts.

@@ -36,7 +36,7 @@ BATCHES = (4_194_304, 8_388_608, 16_777_216)
 
 def whole_run(size: str, peak: float, meshes: Mapping[int, Mapping[str, Any]]):
     """The config of all three stages of a preset; `meshes` are those of each length."""
-    kept = dict(attention="triton", loss="triton", remat="save_products")
+    kept = dict(attention="triton", loss="triton", remat="save_dots")
     return run_config(
         model=preset(size, **kept).model_dump(),
         data=dict(sources=sources("corpora", "recent")),

@@ -30,7 +30,7 @@ CONTEXT_RANKS = {
 
 
 def _mesh(data: int, context: int) -> dict:
-    return dict(data=data, pipe=16, context=context, tensor=8, fsdp="kept", virtual_stages=8,
+    return dict(data=data, pipe=16, context=context, tensor=8, reshard_after_forward=False, virtual_stages=8,
         tensor_pieces=4,
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def get_config(row: str = "timeline"):
     data, context, length, tokens = ROWS[row]
     return run_config(
         model=preset(
-            "405B", attention="triton", loss="triton", remat="save_products"
+            "405B", attention="triton", loss="triton", remat="save_dots"
         ).model_dump(),
         data=dict(sources=sources("corpora")),
         mesh=_mesh(data, context),

@@ -7,7 +7,7 @@
 The paper gives no layouts for 70B: those of the timeline are ours, checked by the planner. MaxText
 trains this shape on 128 H100s in bfloat16 at 506.6 TFLOP/s a GPU, counting attention in full (51.2%
 MFU; 47.8% causal), with FSDP over all of them. Its rematerialisation is not published with the
-figure; `full` and `save_products` bound what it may have been.
+figure; `full` and `save_dots` bound what it may have been.
 """
 
 from experiments.production.common import MIX, sources, whole_run
@@ -27,7 +27,7 @@ def _mesh(context: int) -> dict:
         pipe=4,
         context=context,
         tensor=8,
-        fsdp="kept",
+        reshard_after_forward=False,
         virtual_stages=5,
         tensor_pieces=4,
     )

@@ -31,7 +31,7 @@ def get_config(layout: str = "timeline"):
         raise ValueError(f"{layout!r} is unknown: timeline, {', '.join(KERNELS)}")
     chosen = dict.fromkeys(KERNELS[layout], "triton")
     return run_config(
-        model=preset("8B", remat="save_products", **chosen).model_dump(),
+        model=preset("8B", remat="save_dots", **chosen).model_dump(),
         data=dict(sources=sources("corpora")),
         mesh=dict(data=8),
         stages=[

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from experiments.demo import train
 from llama3_jax.kernels.cross_entropy import token_losses
 from llama3_jax.model.transformer import Transformer
-from llama3_jax.parallel.ranks import ALONE
+from llama3_jax.parallel.ranks import SINGLE_DEVICE
 
 
 class ZLossTransformer(Transformer):
-    def losses(self, x, targets, mask, ranks=ALONE):
+    def losses(self, x, targets, mask, ranks=SINGLE_DEVICE):
         total, losses = super().losses(x, targets, mask, ranks)
         logits = self.logits(ranks.gather_sequence(self.final_norm(x)))
         # No logit is a target: what is left of the loss is the log-sum-exp, over all tensor ranks.

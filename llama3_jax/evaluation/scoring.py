@@ -79,9 +79,9 @@ class Scorer:
         scores: dict[int, Score] = {}
         for size, members in sorted(buckets.items()):
             rows = _packed(members, [requests[n].inputs for n in members], size)
-            for batch_rows, losses, likeliest in self._run(rows, requests, size):
-                for row, row_losses, row_likeliest in zip(
-                    batch_rows, losses, likeliest, strict=True
+            for batch_rows, losses, is_argmax in self._run(rows, requests, size):
+                for row, row_losses, row_is_argmax in zip(
+                    batch_rows, losses, is_argmax, strict=True
                 ):
                     at = 0
                     for number in row:
@@ -89,7 +89,7 @@ class Scorer:
                         stop = at + request.inputs
                         scored = slice(stop - len(request.continuation), stop)
                         nll = float(row_losses[scored].astype(np.float64).sum())
-                        scores[number] = Score(nll, bool(row_likeliest[scored].all()))
+                        scores[number] = Score(nll, bool(row_is_argmax[scored].all()))
                         at = stop
         return [scores[number] for number in range(len(requests))]
 
@@ -97,8 +97,8 @@ class Scorer:
         for start in range(0, len(rows), size := self.batch_rows(length)):
             chosen = rows[start : start + size]
             padded = chosen + [[]] * (size - len(chosen))
-            losses, likeliest = self.tokens(_arrays(padded, requests, length))
-            yield chosen, losses[: len(chosen)], likeliest[: len(chosen)]
+            losses, is_argmax = self.tokens(_arrays(padded, requests, length))
+            yield chosen, losses[: len(chosen)], is_argmax[: len(chosen)]
 
     def batch_rows(self, length: int) -> int:
         """Rows of that length that are computed at once."""
@@ -151,7 +151,7 @@ class Scorer:
         function = _compile(self.model, self.layout, self.xla)
         scores = jax.device_get(function(self.params, sharding.put_batch(own, self.layout)))
         natural = np.argsort(balanced_columns(length, self.layout.shape["context"]))
-        return scores.losses[:, natural], scores.likeliest[:, natural]
+        return scores.losses[:, natural], scores.is_argmax[:, natural]
 
 
 @functools.cache

@@ -121,18 +121,18 @@ def linear_scores(
 
     def chunk(_, piece):
         rows, counts = piece
-        losses, likeliest = jax.lax.cond(
+        losses, is_argmax = jax.lax.cond(
             jnp.any(counts),
             compute,
             lambda *_: (jnp.zeros(C, jnp.float32), jnp.zeros(C, bool)),
             hidden_NM[rows],
             targets_N[rows],
         )
-        return None, (jnp.where(counts, losses, 0.0), likeliest & counts)
+        return None, (jnp.where(counts, losses, 0.0), is_argmax & counts)
 
-    _, (losses, likeliest) = jax.lax.scan(chunk, None, (padded, counted))
+    _, (losses, is_argmax) = jax.lax.scan(chunk, None, (padded, counted))
     place_N = jnp.argsort(order_N)
-    return tuple(x.reshape(-1)[:N][place_N].reshape(shape) for x in (losses, likeliest))
+    return tuple(x.reshape(-1)[:N][place_N].reshape(shape) for x in (losses, is_argmax))
 
 
 # --------------------------------------------------------------------------------------- reference

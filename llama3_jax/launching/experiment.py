@@ -5,7 +5,7 @@ executor runs them. A config file's `sweep()` returns a list whose entries are
 
     "6e18,124M"                         an argument of the file's get_config
     {"config.optimizer.b2": 0.95}       overrides of its values (launching/sweeps.py combines them)
-    WorkUnit(door="fit", …)             anything else: another program, with what it waits for
+    WorkUnit(program="fit", …)             anything else: another program, with what it waits for
 """
 
 import re
@@ -17,9 +17,9 @@ import pydantic
 from llama3_jax.errors import UserError
 from llama3_jax.schema import Config
 
-# Doors that are launched with --config=FILE[:ARGUMENT] and --workdir; others get `arguments` alone.
+# Programs that are launched with --config=FILE[:ARGUMENT] and --workdir; others get `arguments` alone.
 CONFIGURED = ("train", "curate")
-DOORS = (*CONFIGURED, "evaluate", "fit")
+PROGRAMS = (*CONFIGURED, "evaluate", "fit")
 # Feeding a GPU, and what XLA compiles, take several cores; nodes have 12 and more for each GPU.
 CPUS_PER_GPU = 8
 # Folders of an experiment that are no unit's.
@@ -60,8 +60,8 @@ class Requirements(Config):
 class WorkUnit(Config):
     """One program with a workdir of its own, <experiment's directory>/<name>.
 
-    `door` is one of DOORS or a module (experiments.scaling_laws.collect); `command` is any program
-    instead. `config` (by default the launched file), `argument` and `overrides` are for the doors
+    `program` is one of PROGRAMS or a module (experiments.scaling_laws.collect); `command` is any program
+    instead. `config` (by default the launched file), `argument` and `overrides` are for the programs
     with a config, `arguments` for all. In their strings {workdir}, {experiment} and {root}
     stand for the directories, {xid} for the experiment's number. `after` names the units that must be
     done before this one starts. `requirements` are by default the file's REQUIREMENTS, and where it
@@ -70,7 +70,7 @@ class WorkUnit(Config):
     """
 
     name: str = ""
-    door: str = "train"
+    program: str = "train"
     command: tuple[str, ...] = ()
     config: str | None = None
     argument: str | None = None
@@ -92,14 +92,14 @@ class WorkUnit(Config):
         """What is run, placeholders still in it."""
         if self.command:
             return [*self.command, *self.arguments]
-        module = self.door if "." in self.door else f"llama3_jax.{self.door}"
-        configured = self.door in CONFIGURED
+        module = self.program if "." in self.program else f"llama3_jax.{self.program}"
+        configured = self.program in CONFIGURED
         own = [*self.config_flags(file), f"--workdir={WORKDIR}"] if configured else []
         return [python, "-m", module, *own, *self.arguments]
 
 
 def override(key: str, value: Any) -> str:
-    """`--config.key=value` for a door; `key` with or without the leading "config."."""
+    """`--config.key=value` for a program; `key` with or without the leading "config."."""
     return f"--config.{key.removeprefix('config.')}={value}"
 
 
@@ -107,7 +107,7 @@ def work_units(entries: Iterable[Any], argument: str | None = None) -> list[Work
     """The entries of a sweep as units with distinct names; `argument` is get_config's for overrides.
 
     Raises:
-      UserError: an entry of another kind, two units of one name, an unknown door, or units that
+      UserError: an entry of another kind, two units of one name, an unknown program, or units that
         wait for an unknown one or for each other.
     """
     units = []
@@ -145,9 +145,9 @@ def _check(units: Sequence[WorkUnit]) -> None:
             raise UserError(f"work unit {unit.name!r}: the experiment's own folder has that name")
         if unit.name in by_name:
             raise UserError(f"two work units are named {unit.name!r}")
-        if not unit.command and "." not in unit.door and unit.door not in DOORS:
-            raise UserError(f"work unit {unit.name!r}: door {unit.door!r} is none of "
-                            f"{', '.join(DOORS)}, nor a module")  # fmt: skip
+        if not unit.command and "." not in unit.program and unit.program not in PROGRAMS:
+            raise UserError(f"work unit {unit.name!r}: program {unit.program!r} is none of "
+                            f"{', '.join(PROGRAMS)}, nor a module")  # fmt: skip
         by_name[unit.name] = unit
     for unit in units:
         if unknown := [name for name in unit.after if name not in by_name]:

@@ -64,7 +64,7 @@ def declared_units(
     more = dict(option.removeprefix("--").split("=", 1) for option in overrides)
     return [
         unit.model_copy(update={"overrides": unit.overrides | more})
-        if unit.door in CONFIGURED and not unit.command else unit
+        if unit.program in CONFIGURED and not unit.command else unit
         for unit in units
     ]  # fmt: skip
 
@@ -112,14 +112,14 @@ def check(units: Sequence[WorkUnit], file: str, slots: dict[str, int] | None) ->
             if unit.command:
                 if WORKDIR not in unit.command[0] and not shutil.which(unit.command[0]):
                     raise UserError(f"there is no program {unit.command[0]!r}")
-            elif "." in unit.door:
-                if not _findable(unit.door):
-                    raise UserError(f"there is no module {unit.door}")
-            elif unit.door in CONFIGURED and unit.after:
+            elif "." in unit.program:
+                if not _findable(unit.program):
+                    raise UserError(f"there is no module {unit.program}")
+            elif unit.program in CONFIGURED and unit.after:
                 later.append(unit.name)
-            elif unit.door == "train":
+            elif unit.program == "train":
                 _check_training(unit.config_flags(file))
-            elif unit.door == "curate":
+            elif unit.program == "curate":
                 _check_curation(unit.config_flags(file))
         except UserError as error:
             where = f"work unit {unit.name}: " if len(units) > 1 else ""
@@ -177,7 +177,7 @@ def content(units: Sequence[WorkUnit], file: str) -> str:
     """
     said = []
     for unit in units:
-        if unit.command or unit.door not in CONFIGURED:
+        if unit.command or unit.program not in CONFIGURED:
             continue
         if unit.after:
             said.append(Path(unit.config or file).read_text(encoding="utf-8"))

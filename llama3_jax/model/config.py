@@ -71,7 +71,7 @@ class ModelConfig(Config):
     norm: PointwiseImplementation = "reference"
     rotary: PointwiseImplementation = "reference"
     swiglu: PointwiseImplementation = "reference"
-    remat: Literal["none", "full", "save_attention", "save_products", "offload"] = "none"
+    remat: Literal["none", "full", "save_attention", "save_dots", "offload"] = "none"
     layer_unroll: pydantic.PositiveInt = 1
     attention_module: ModuleName = "llama3_jax.model.layers:Attention"
     ffn_module: ModuleName = "llama3_jax.model.layers:FeedForward"

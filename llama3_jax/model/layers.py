@@ -32,7 +32,7 @@ from llama3_jax.kernels.pointwise import add_norm, rotate, swiglu
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.products import gathered_products
 from llama3_jax.model.sowing import Statistic, is_captured, moments, sow_statistic
-from llama3_jax.parallel.ranks import ALONE, Ranks
+from llama3_jax.parallel.ranks import SINGLE_DEVICE, Collectives
 
 _SAMPLED = 64  # one query of so many gives statistics of the attention's logits
 
@@ -76,7 +76,7 @@ class Context:
     rows: Int[Array, "S"] | None = None
     spans: Spans | None = None
     layer: Int[Array, ""] | None = None
-    ranks: Ranks = dataclasses.field(default=ALONE, metadata={"static": True})
+    ranks: Collectives = dataclasses.field(default=SINGLE_DEVICE, metadata={"static": True})
 
 
 class RMSNorm(nnx.Module):
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
 
 
 def _kept(x: Array) -> Array:
-    """The result of a product, which remat="save_products" does not compute again."""
+    """The result of a product, which remat="save_dots" does not compute again."""
     return checkpoint_name(x, "product")
 
 

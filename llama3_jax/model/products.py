@@ -11,13 +11,13 @@ import jax
 from jaxtyping import Array, Float
 
 from llama3_jax.kernels.linear import linear_pieces
-from llama3_jax.parallel.ranks import Ranks
+from llama3_jax.parallel.ranks import Collectives
 
 Pieces = tuple[Float[Array, "B P N"], ...]
 
 
 def gathered_products(
-    x: Float[Array, "B s M"], weights: tuple[Float[Array, "M N"], ...], ranks: Ranks
+    x: Float[Array, "B s M"], weights: tuple[Float[Array, "M N"], ...], ranks: Collectives
 ) -> tuple[Pieces, ...]:
     """For each weight, its products with the pieces of all tensor ranks' tokens."""
     if ranks.tensor == 1:
@@ -30,15 +30,15 @@ def _products(xs: tuple[Array, ...], weights: tuple[Array, ...]) -> tuple[Pieces
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gathered_products(x, weights, ranks: Ranks):
+def _gathered_products(x, weights, ranks: Collectives):
     return _products(tuple(ranks.gather_pieces(x)), weights)
 
 
-def _forward(x, weights, ranks: Ranks):
+def _forward(x, weights, ranks: Collectives):
     return _gathered_products(x, weights, ranks), (x, weights)
 
 
-def _backward(ranks: Ranks, saved, gradients):
+def _backward(ranks: Collectives, saved, gradients):
     x, weights = saved
     _, pull_back = jax.vjp(_products, tuple(ranks.gather_pieces(x)), weights)
     dxs, dws = pull_back(gradients)

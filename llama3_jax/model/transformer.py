@@ -20,7 +20,7 @@ from llama3_jax.kernels.linear import linear
 from llama3_jax.model.config import ModelConfig
 from llama3_jax.model.layers import Block, Cache, Context, load_class, parameter
 from llama3_jax.model.rope import rope_tables
-from llama3_jax.parallel.ranks import ALONE, GATHERED, Ranks
+from llama3_jax.parallel.ranks import GATHERED, SINGLE_DEVICE, Collectives
 
 # What modules sowed: paths to values.
 Sown = dict[tuple[str, ...], Any]
@@ -28,7 +28,7 @@ Sown = dict[tuple[str, ...], Any]
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
-    "save_products": jax.checkpoint_policies.save_only_these_names("attention_out", "product"),
+    "save_dots": jax.checkpoint_policies.save_only_these_names("attention_out", "product"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input", "attention_out"],
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         self,
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"],
-        ranks: Ranks = ALONE,
+        ranks: Collectives = SINGLE_DEVICE,
     ) -> Context:
         """What all layers share, for this context rank's tokens."""
         queries = Places(positions, segment_ids)
@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
         return Context(tables, queries, keys, rows, spans, ranks=ranks)
 
     def embed(
-        self, tokens: Int[Array, "batch length"], ranks: Ranks = ALONE
+        self, tokens: Int[Array, "batch length"], ranks: Collectives = SINGLE_DEVICE
     ) -> Float[Array, "batch part dim"]:
         """Token embeddings, from a table that may be split over tensor ranks by vocabulary."""
         table = self.embedding[...]
@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
         x: Float[Array, "batch part dim"],
         targets: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"],
-        ranks: Ranks = ALONE,
+        ranks: Collectives = SINGLE_DEVICE,
     ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
         """Of the last block's output: the sum of the masked losses in nats, which has a gradient,
         and each token's part of it."""
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         x: Float[Array, "batch part dim"],
         targets: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"],
-        ranks: Ranks = ALONE,
+        ranks: Collectives = SINGLE_DEVICE,
     ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
         """Of each masked token its loss in nats, and whether it is the likeliest. See `losses`."""
         hidden = ranks.gather_sequence(self.final_norm(x))

@@ -3,9 +3,9 @@
 Each rank stores one shard of a weight along its `embed` dimension (dims trees below hold that
 dimension's index, or -1 for what is not sharded). Two ways to compute with it:
 
-- zero3: what is differentiated are the shards; a weight is gathered where it is used, and the
+- reshard_after_forward (ZeRO-3): what is differentiated are the shards; a weight is gathered where it is used, and the
   gradient of the gather is a float32 reduce-scatter (Rajbhandari et al. 2020, arXiv 1910.02054).
-- kept: all weights are gathered once a step, in the dtype of the products; what is differentiated
+- without it: all weights are gathered once a step, in the dtype of the products; what is differentiated
   is a float32 zero of each weight's whole shape, so that gradients add up in float32 over
   micro-batches and are reduce-scattered once (the Llama 3 paper's choice, section 3.3.2).
 """
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from llama3_jax.parallel.mesh import AXES
-from llama3_jax.parallel.ranks import GATHERED, Ranks, widen
+from llama3_jax.parallel.ranks import GATHERED, Collectives, widen
 
 NOT_SHARDED = -1
 
@@ -34,13 +34,13 @@ class Weights(NamedTuple):
 class Fsdp(NamedTuple):
     """How weights are stored and opened; `dtype` is that of the products."""
 
-    ranks: Ranks
-    mode: str
+    ranks: Collectives
+    reshard_after_forward: bool
     dtype: Any
 
-    def start(self, shards: Any, dims: Any) -> Weights:
+    def prefetch(self, shards: Any, dims: Any) -> Weights:
         """Before the first micro-batch: the stored shards as weights."""
-        if not self.ranks.fsdp_axes or self.mode == "zero3":
+        if not self.ranks.fsdp_axes or self.reshard_after_forward:
             return Weights(jax.tree.map(lambda _: (), shards), shards)
 
         def gather(shard, dim):
@@ -53,12 +53,12 @@ class Fsdp(NamedTuple):
         kept = jax.tree.map(gather, shards, dims)
         return Weights(kept, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kept))
 
-    def open(self, weights: Weights, dims: Any) -> Any:
+    def unshard(self, weights: Weights, dims: Any) -> Any:
         """Where they are used: whole float32 weights (in name; see ranks.py)."""
         constants, variables = weights
         if not self.ranks.fsdp_axes:
             return variables
-        if self.mode == "kept":
+        if not self.reshard_after_forward:
             return jax.tree.map(
                 lambda kept, zero: checkpoint_name(widen(kept, zero), GATHERED),
                 constants, variables,
@@ -71,7 +71,7 @@ class Fsdp(NamedTuple):
 
         return jax.tree.map(gather, variables, dims)
 
-    def finish(self, gradients: Any, dims: Any, specs: Any) -> Any:
+    def reduce_gradients(self, gradients: Any, dims: Any, specs: Any) -> Any:
         """After the last micro-batch: gradients of the variables to gradients of the shards.
 
         A weight that several ranks hold whole gets the sum of their gradients.
@@ -81,7 +81,7 @@ class Fsdp(NamedTuple):
             held = {
                 a for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ())
             }
-            if self.mode == "kept" and dim != NOT_SHARDED and self.ranks.fsdp_axes:
+            if not self.reshard_after_forward and dim != NOT_SHARDED and self.ranks.fsdp_axes:
                 gradient = self.ranks.scatter_gradient(gradient, dim)
             missing = tuple(a for a in AXES if getattr(self.ranks, a) > 1 and a not in held)
             return lax.psum(gradient, missing) if missing else gradient

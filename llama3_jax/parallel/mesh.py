@@ -25,10 +25,10 @@ FSDP_AXES = ("data", "context")
 class MeshConfig(Config):
     """Devices along each axis, and how the axes are used.
 
-    fsdp: `zero3` gathers a layer's weights when it is computed, forward and backward, and reduces
-      its gradient at once; `kept` gathers all weights once a step, adds up gradients in float32
-      and reduces them once a step (parameters are not resharded after the forward pass, Llama 3
-      paper, section 3.3.2). Optimizer state is sharded in both.
+    reshard_after_forward: of FSDP. True gathers a layer's weights when it is computed, forward and
+      backward, and reduces its gradient at once (ZeRO-3); False gathers all weights once a step,
+      adds up gradients in float32 and reduces them once a step (as the Llama 3 paper, section
+      3.3.2). Optimizer state is sharded in both.
     schedule: of the pipeline, see parallel/schedule.py. `virtual_stages` and `contiguous`
       (micro-batches in a row on one virtual stage, the paper's N; by default as many as there are
       stages) belong to `interleaved`, which with one virtual stage is 1F1B that holds nearly twice
@@ -43,7 +43,7 @@ class MeshConfig(Config):
     pipe: pydantic.PositiveInt = 1
     context: pydantic.PositiveInt = 1
     tensor: pydantic.PositiveInt = 1
-    fsdp: Literal["zero3", "kept"] = "zero3"
+    reshard_after_forward: bool = True
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "interleaved"
     virtual_stages: pydantic.PositiveInt = 1
     contiguous: pydantic.PositiveInt | None = None

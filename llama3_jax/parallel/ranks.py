@@ -28,7 +28,7 @@ GATHERED = "gathered_weights"
 GATHERED_ACTIVATIONS = "gathered_activations"
 
 
-class Ranks(NamedTuple):
+class Collectives(NamedTuple):
     """How many ranks each axis has, and the collectives of the model's code.
 
     Sequences lie split over context in chunks (parallel/context.py), and between the products of a
@@ -202,4 +202,4 @@ widen.defvjp(
     lambda _, g: (None, g),
 )
 
-ALONE = Ranks()
+SINGLE_DEVICE = Collectives()

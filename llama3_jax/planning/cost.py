@@ -139,7 +139,7 @@ def _layer(case: Case, constants: Constants, document_length: int | None, kernel
         2.5 * flops / (constants.peak * getattr(constants, f"{kernel}_backward_efficiency"))
     )
     passes = _memory_passes(case) / constants.memory_bandwidth
-    again = {"none": 0, "save_products": 0}.get(model.remat, 1)
+    again = {"none": 0, "save_dots": 0}.get(model.remat, 1)
     # Only the Triton kernel's results are kept where the policy says so (gpu/flash_attention.py).
     keeps = model.remat == "none" or (model.remat != "full" and model.attention == "triton")
     attention_again = 0 if keeps else 1
@@ -151,7 +151,7 @@ def _layer(case: Case, constants: Constants, document_length: int | None, kernel
     }
     if mesh.pipe > 1 or case.micro_batches > 1:
         # float32 sums of gradients: each is read and written, and what is added is read.
-        shards = mesh.data * mesh.context if mesh.fsdp == "zero3" else 1
+        shards = mesh.data * mesh.context if mesh.reshard_after_forward else 1
         sums = 12 * layer_parameters(case) / shards
         backward["gradients"] = sums / constants.memory_bandwidth
         forward["gradients"] = 0.0

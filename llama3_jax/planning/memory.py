@@ -66,7 +66,7 @@ def forecast(case: Case) -> Memory:
     in_layer, outside = small_parameters(case)
     norms = stacked_layers(case) * in_layer + outside
     stored = matrices / ranks + norms
-    kept = mesh.fsdp == "kept" and ranks > 1
+    kept = not mesh.reshard_after_forward and ranks > 1
     gradients = _F32 * (matrices + norms if kept else stored)
     head, layer = _head_inside(case, kept), _layer_inside(case, kept)
     if mesh.pipe == 1 and case.micro_batches == 1:
@@ -98,7 +98,7 @@ def layer_residuals(case: Case) -> float:
     if model.remat == "save_attention":
         return width * (residual + tokens * heads)
     products = 2 * residual + tokens * (2 * heads + 2 * kv + 2 * ffn)
-    if model.remat == "save_products":
+    if model.remat == "save_dots":
         return width * products
     # Both normed inputs, rotated queries and keys of the whole row, SwiGLU's result, norms.
     row = tokens * case.mesh.context

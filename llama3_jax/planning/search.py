@@ -10,7 +10,7 @@ from llama3_jax.planning.constants import Constants
 from llama3_jax.planning.cost import Cost, predict
 from llama3_jax.planning.memory import Memory, forecast, usable
 
-REMATS = ("none", "save_products", "full")
+REMATS = ("none", "save_dots", "full")
 # So many of the quickest are ranked again with their schedules simulated.
 _SIMULATED = 50
 
@@ -44,11 +44,11 @@ def enumerate_cases(case: Case, gpus: int) -> list[Case]:
             for virtual in _virtual_stages(model.layers, pipe) if pipe > 1 else (1,):
                 if pipe > 1 and micro < pipe:
                     continue
-                for fsdp, remat in itertools.product(("zero3", "kept"), REMATS):
-                    if data * context == 1 and fsdp == "kept":
+                for reshard, remat in itertools.product((True, False), REMATS):
+                    if data * context == 1 and not reshard:
                         continue
                     mesh = MeshConfig(
-                        data=data, pipe=pipe, context=context, tensor=tensor, fsdp=fsdp,
+                        data=data, pipe=pipe, context=context, tensor=tensor, reshard_after_forward=reshard,
                         virtual_stages=virtual,
                     )  # fmt: skip
                     found.append(

@@ -125,15 +125,15 @@ def stages_table(plans: Sequence[Plan]) -> Table:
 
 def search_table(candidates: Sequence[Candidate], peaks: Sequence[float | None]) -> Table:
     table = Table(title="Layouts that fit, the quickest first")
-    for column in ("layout", "fsdp", "remat", "micro", "GiB forecast", "GiB compiled", "bubble",
+    for column in ("layout", "reshard", "remat", "micro", "GiB forecast", "GiB compiled", "bubble",
                    "s/step", "TFLOP/s", "MFU"):  # fmt: skip
         table.add_column(
-            column, justify="left" if column in ("layout", "fsdp", "remat") else "right"
+            column, justify="left" if column in ("layout", "reshard", "remat") else "right"
         )
     for candidate, peak in zip(candidates, peaks, strict=True):
         case, cost = candidate.case, candidate.cost
         table.add_row(
-            layout_text(case), case.mesh.fsdp, case.model.remat, f"{case.micro_batches}",
+            layout_text(case), "yes" if case.mesh.reshard_after_forward else "no", case.model.remat, f"{case.micro_batches}",
             f"{candidate.memory.total / _GIB:.1f}", f"{peak / _GIB:.1f}" if peak else "",
             f"{cost.bubble:.1%}", f"{cost.seconds:.2f}", f"{cost.flops_per_gpu() / 1e12:.0f}",
             f"{cost.mfu():.1%}",

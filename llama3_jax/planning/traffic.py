@@ -77,7 +77,7 @@ def traffic(case: Case) -> list[Traffic]:
         part = tokens * model.dim * width * (mesh.tensor - 1) / mesh.tensor
         hidden = {1: 0.25, 2: 0.6}.get(mesh.tensor_pieces, 0.8)
         # What the backward gathers and reduces again (transformer.py, remat policies).
-        again = {"none": (2, 0), "save_products": (2, 0)}.get(model.remat, (2, 1))
+        again = {"none": (2, 0), "save_dots": (2, 0)}.get(model.remat, (2, 1))
         for phase, gathers, scatters in (
             (FORWARD, 2, 2), (BACKWARD, 2 + again[0], 2 + again[1])
         ):  # fmt: skip
@@ -101,7 +101,7 @@ def traffic(case: Case) -> list[Traffic]:
         share = (ranks - 1) / ranks
         layer = layer_parameters(case) * share
         tables = table_parameters(case) * share
-        if mesh.fsdp == "zero3":
+        if mesh.reshard_after_forward:
             found.append(Traffic("all-gather", axes, FORWARD, layer * width, 0.8))
             found.append(Traffic("all-gather", axes, BACKWARD, layer * width, 0.8))
             found.append(Traffic("reduce-scatter", axes, BACKWARD, layer * 4, 0.8))

@@ -12,7 +12,7 @@ BAND_POINTS = 60
 
 
 def isoflop_plots(fit: IsoflopFit) -> list[Plot]:
-    """All plots of a fit, for a page of the reporting room."""
+    """All plots of a fit, for a page of the reporting package."""
     plots = [_isoflops(fit)]
     for quantity, of in (("tokens", "Compute-optimal tokens"), ("params", "Compute-optimal size")):
         plots.append(_laws(fit, quantity, of))

@@ -75,7 +75,7 @@ def number(cell: str, path: Path, line: int, column: str) -> float:
         raise UserError(f"{path}: row {line}: {column} is {cell!r}, not a number") from None
     if not math.isfinite(value):
         raise UserError(
-            f"{path}: row {line}: {column} is {cell.strip()}; remove the run or mend the value"
+            f"{path}: row {line}: {column} is {cell.strip()}; remove the run or fix the value"
         )
     return value
 

@@ -21,7 +21,7 @@ FAILED_RESAMPLES = 0.1
 
 
 def find(fit: "IsoflopFit") -> list[str]:
-    """All of them, in the order in which a reader should mend them."""
+    """All of them, in the order in which a reader should fix them."""
     return [
         *_points(fit),
         *_wide_grids(fit),

@@ -23,7 +23,7 @@ from llama3_jax.parallel import sharding
 from llama3_jax.parallel.fsdp import NOT_SHARDED, Fsdp, Weights
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.pipeline import Parts, run_schedule
-from llama3_jax.parallel.ranks import Ranks
+from llama3_jax.parallel.ranks import Collectives
 from llama3_jax.parallel.schedule import forward_only, make_schedule
 from llama3_jax.parallel.stages import make_stages
 
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     """Of each token of the loss mask its loss in nats, and whether it is the likeliest one."""
 
     losses: Float[Array, "rows length"]
-    likeliest: Array
+    is_argmax: Array
 
 
 class _Nothing(nnx.Variable):
@@ -69,7 +69,7 @@ class _Model(NamedTuple):
 
     definition: Definition
     layout: Layout
-    ranks: Ranks
+    ranks: Collectives
     fsdp: Fsdp
     dims: Params
     specs: Params
@@ -102,12 +102,12 @@ class _Model(NamedTuple):
     def opened(self, weights: Weights) -> Any:
         """The module with these weights whole, of those at the network's ends."""
         dims = {name: self.dims[name] for name in weights.variables}
-        return self.definition.bind(self.fsdp.open(weights, dims))
+        return self.definition.bind(self.fsdp.unshard(weights, dims))
 
     def opened_block(self, weights: Weights) -> Any:
         # One layer's arrays have lost the leading dimension of the stack.
         dims = jax.tree.map(lambda d: d - 1 if d != NOT_SHARDED else d, self.dims[BLOCKS])
-        return self.definition.bind_block(self.fsdp.open(weights, dims))
+        return self.definition.bind_block(self.fsdp.unshard(weights, dims))
 
     def first(self, weights: Weights, shared: _Shared) -> Array:
         return self.opened(weights).embed(shared.batch["tokens"], self.ranks)
@@ -154,14 +154,14 @@ def make_gradients(
         split = jax.tree.map(
             lambda x: x.reshape(micro_batches, len(x) // micro_batches, *x.shape[1:]), batch
         )
-        weights = model.fsdp.start(params, model.dims)
+        weights = model.fsdp.prefetch(params, model.dims)
         if layout.config.pipe == 1:
             sums, gradients = _accumulated(model, weights, split)
         else:
             schedule = make_schedule(layout.config, micro_batches)
             zero = _zero_sums(model)
             sums, gradients = _pipelined(model, schedule, weights, split, model.last, zero)
-        gradients = model.fsdp.finish(gradients, model.dims, model.specs)
+        gradients = model.fsdp.reduce_gradients(gradients, model.dims, model.specs)
         return _over_ranks(model, sums), gradients
 
     return _on_mesh(on_rank, model, (_sums_spec(layout), model.specs))
@@ -172,7 +172,7 @@ def make_loss(model: ModelLike, layout: Layout, sources: int):
     model = _model(model, layout, sources)
 
     def on_rank(params: Params, batch: Batch):
-        weights = model.fsdp.start(params, model.dims)
+        weights = model.fsdp.prefetch(params, model.dims)
         if layout.config.pipe == 1:
             _, sums = _loss(model, weights, batch)
         else:
@@ -210,7 +210,7 @@ def make_scores(model: ModelLike, layout: Layout):
     model = _model(model, layout, sources=1)
 
     def on_rank(params: Params, batch: Batch):
-        weights = model.fsdp.start(params, model.dims)
+        weights = model.fsdp.prefetch(params, model.dims)
         if layout.config.pipe == 1:
             return _forward(model, weights, batch, model.scores)[1]
         rows, length = batch["tokens"].shape
@@ -226,8 +226,8 @@ def make_scores(model: ModelLike, layout: Layout):
         zero = jnp.zeros((rows, length))
         schedule = forward_only(layout.config, rows)
         scores, _ = _pipelined(model, schedule, weights, split, last, Scores(zero, zero))
-        losses, likeliest = jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), scores)
-        return Scores(losses, likeliest > 0)
+        losses, is_argmax = jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), scores)
+        return Scores(losses, is_argmax > 0)
 
     of_tokens = sharding.spec(("rows", "length"), layout)
     return _on_mesh(on_rank, model, Scores(of_tokens, of_tokens))
@@ -235,13 +235,13 @@ def make_scores(model: ModelLike, layout: Layout):
 
 def _model(model: ModelLike, layout: Layout, sources: int, statistics: bool = False) -> _Model:
     definition = define(model)
-    ranks = Ranks(**layout.shape, pieces=layout.config.tensor_pieces)
+    ranks = Collectives(**layout.shape, pieces=layout.config.tensor_pieces)
     axes = definition.axes()
     dims = jax.tree.map(
         lambda names: names.index("embed") if "embed" in names else NOT_SHARDED,
         axes, is_leaf=sharding.is_axes,
     )  # fmt: skip
-    fsdp = Fsdp(ranks, layout.config.fsdp, jnp.dtype(definition.config.dtype))
+    fsdp = Fsdp(ranks, layout.config.reshard_after_forward, jnp.dtype(definition.config.dtype))
     specs = sharding.specs(axes, layout)
     return _Model(definition, layout, ranks, fsdp, dims, specs, sources, statistics)
 

@@ -468,7 +468,7 @@ def page_words(html: bytes) -> str:
     return " ".join(html.decode().split("<p>7 ")[1].split("</p>")[0].split()[:20])
 
 
-# ---------------------------------------------------------------------------------------- the door
+# ---------------------------------------------------------------------------------------- the program
 
 
 def config_file(tmp_path: Path, crawl: Path) -> Path:
@@ -482,22 +482,24 @@ def config_file(tmp_path: Path, crawl: Path) -> Path:
     return path
 
 
-def test_the_door_writes_the_page_and_names_damage(door, crawl, tmp_path):
+def test_the_program_writes_the_page_and_names_damage(command, crawl, tmp_path):
     config, work = config_file(tmp_path, crawl), tmp_path / "work"
-    done = door("curate", f"--config={config}", f"--workdir={work}")
+    done = command("curate", f"--config={config}", f"--workdir={work}")
     assert done.returncode == 0, done.stderr
     assert "extract: 22 kept, 3 rejected" in done.stdout and "damaged: " in done.stdout
     html = (work / "curation.html").read_text()
     assert "Documents rejected, by reason" in html and "no_text" in html and PROSE[:40] in html
-    bad = door("curate", f"--config={config}", f"--workdir={work}", "--address=host:1")
+    bad = command("curate", f"--config={config}", f"--workdir={work}", "--address=host:1")
     assert bad.returncode == 2 and "--runner=ray" in bad.stderr
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_with_the_same_files(door, crawl, tmp_path):
+def test_killed_at_any_moment_a_run_ends_with_the_same_files(command, crawl, tmp_path):
     write_warc(crawl / "d.warc.gz", pages(400, 3))
     config = config_file(tmp_path, crawl)
-    assert door("curate", f"--config={config}", f"--workdir={tmp_path / 'whole'}").returncode == 0
+    assert (
+        command("curate", f"--config={config}", f"--workdir={tmp_path / 'whole'}").returncode == 0
+    )
     work, random_ = tmp_path / "work", random.Random(0)
     command = [sys.executable, "-m", "llama3_jax.curate", f"--config={config}", f"--workdir={work}"]
 
@@ -515,18 +517,18 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_files(door, crawl, tmp_pa
             kills += 1
         process.wait()
     assert kills
-    assert door("curate", f"--config={config}", f"--workdir={work}").returncode == 0
+    assert command("curate", f"--config={config}", f"--workdir={work}").returncode == 0
     found, whole = outputs(work), outputs(tmp_path / "whole")
     assert found.keys() == whole.keys()
     assert [p for p in whole if found[p] != whole[p] and p != "curation.html"] == []
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_documents(door, crawl, tmp_path):
+def test_ray_gives_the_same_documents(command, crawl, tmp_path):
     config = config_file(tmp_path, crawl)
     for runner in ("native", "ray"):
         work = f"--workdir={tmp_path / runner}"
-        done = door("curate", f"--config={config}", work, f"--runner={runner}")
+        done = command("curate", f"--config={config}", work, f"--runner={runner}")
         assert done.returncode == 0, done.stderr
     found, expected = outputs(tmp_path / "ray"), outputs(tmp_path / "native")
     assert found.keys() == expected.keys()
@@ -534,13 +536,15 @@ def test_ray_gives_the_same_documents(door, crawl, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ray_worker_that_dies_changes_nothing(door, crawl, tmp_path):
+def test_a_ray_worker_that_dies_changes_nothing(command, crawl, tmp_path):
     from ray.cluster_utils import Cluster
 
     for number in range(6):
         write_warc(crawl / f"more{number}.warc.gz", pages(300, number))
     config = config_file(tmp_path, crawl)
-    assert door("curate", f"--config={config}", f"--workdir={tmp_path / 'native'}").returncode == 0
+    assert (
+        command("curate", f"--config={config}", f"--workdir={tmp_path / 'native'}").returncode == 0
+    )
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )

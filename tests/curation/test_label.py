@@ -206,14 +206,14 @@ def test_bad_input(judge, rubric, tmp_path):
     refused("no labelled document in common", compare, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
-def test_the_doors_commands(judge, tmp_path, door):
+def test_the_programs_commands(judge, tmp_path, command):
     """Labels by a Hugging Face directory, from the command line as a user would."""
     hf.save(tmp_path / "llama", judge.config, judge.params, "float32")
     judge.tokenizer.save_json(tmp_path / "llama" / "tokenizer.json")
     documents = tmp_path / "in.jsonl"
     documents.write_text('{"doc": "a", "text": "one"}\n{"doc": "b", "text": "two"}\n')
     output = tmp_path / "out.parquet"
-    done = door(
+    done = command(
         "curate", "label", f"--model={tmp_path / 'llama'}", "--rubric=code", f"--input={documents}",
         f"--output={output}", "--order=reversed",
     )  # fmt: skip
@@ -225,12 +225,12 @@ def test_the_doors_commands(judge, tmp_path, door):
     np.testing.assert_allclose([row["answers"] for row in rows], found, atol=0.02)  # bfloat16
 
 
-def test_labels_do_not_replace_their_input(tmp_path, door):
+def test_labels_do_not_replace_their_input(tmp_path, command):
     documents = tmp_path / "in.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), documents)
     before = documents.read_bytes()
     same = tmp_path / "x" / ".." / "in.parquet"
-    done = door("curate", "label", "--model=none", f"--input={documents}", f"--output={same}",
+    done = command("curate", "label", "--model=none", f"--input={documents}", f"--output={same}",
                 "--overwrite")  # fmt: skip
     assert done.returncode == 2 and "is also an input" in done.stderr
     assert documents.read_bytes() == before
@@ -248,8 +248,8 @@ def test_labels_do_not_replace_their_input(tmp_path, door):
         (["train_fasttext", "--holdout=2", "--output=x"], "options.holdout: .*less than 1"),
     ],
 )
-def test_the_doors_errors(door, arguments, message):
-    done = door("curate", *arguments)
+def test_the_programs_errors(command, arguments, message):
+    done = command("curate", *arguments)
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -130,14 +130,14 @@ class TestPresented:
         with pytest.raises(UserError, match="damaged statistics"):
             reporting.sections(tmp_path)
 
-    def test_door(self, door, files, tmp_path):
+    def test_program(self, command, files, tmp_path):
         inputs, paths = files
         names = ",".join(f"{name}={path}" for name, path in paths.items())
         options = [f"--input={path}" for path in inputs] + [f"--tokenizers={names}"]
-        result = door("tokenize", "stats", *options, f"--output={tmp_path}/out")
+        result = command("tokenize", "stats", *options, f"--output={tmp_path}/out")
         assert result.returncode == 0, result.stderr
         assert "Characters per token" in result.stdout and "books en" in result.stdout
         page = (tmp_path / "out/stats.html").read_text()
         assert "tokenizer-compression" in page and "https://" not in page.split("<body>")[1]
-        result = door("tokenize", "stats", *options[:2], "--tokenizers=a", "--output=x")
+        result = command("tokenize", "stats", *options[:2], "--tokenizers=a", "--output=x")
         assert result.stderr == "error: --tokenizers=a: must look like name=value\n"

@@ -63,34 +63,36 @@ def test_weights_change_what_is_learnt(tmp_path):
     assert tokens == {"1": {b"vw"}, "1.2": {b"xy"}}
 
 
-class TestDoor:
+class TestProgram:
     """`tokenize train` and `export` as a user types them."""
 
-    def train(self, door, tmp_path, *options: str):
+    def train(self, command, tmp_path, *options: str):
         arguments = [f"--output={tmp_path}/out", "--base=bytes", *options]
-        return door("tokenize", "train", *arguments)
+        return command("tokenize", "train", *arguments)
 
-    def test_train_and_export(self, door, source, tmp_path):
-        result = self.train(door, tmp_path, f"--input={source}", "--new_tokens=12", "--workers=2")
+    def test_train_and_export(self, command, source, tmp_path):
+        result = self.train(
+            command, tmp_path, f"--input={source}", "--new_tokens=12", "--workers=2"
+        )
         assert result.returncode == 0, result.stderr
         assert "256 tokens of the base, 12 new, 256 specials" in result.stdout
         trained = load(tmp_path / "out")
         for name in ("x.tiktoken", "tokenizer.json", "folder"):
             options = [f"--tokenizer={tmp_path}/out", f"--output={tmp_path}/{name}"]
-            result = door("tokenize", "export", *options)
+            result = command("tokenize", "export", *options)
             assert result.returncode == 0, result.stderr
             assert load(tmp_path / name).fingerprint == trained.fingerprint
-        result = door("tokenize", "export", *options)
+        result = command("tokenize", "export", *options)
         assert result.returncode == 2 and "add --overwrite" in result.stderr
-        result = self.train(door, tmp_path, f"--input={source}", "--new_tokens=2")
+        result = self.train(command, tmp_path, f"--input={source}", "--new_tokens=2")
         assert result.returncode == 2 and "out exists and is not empty" in result.stderr
         assert load(tmp_path / "out").fingerprint == trained.fingerprint
-        result = self.train(door, tmp_path, f"--input={source}", "--new_tokens=2", "--overwrite")
+        result = self.train(command, tmp_path, f"--input={source}", "--new_tokens=2", "--overwrite")
         assert result.returncode == 0 and len(load(tmp_path / "out").ranks) == 258
 
-    def test_left_out_pretokens_are_told(self, door, source, tmp_path):
+    def test_left_out_pretokens_are_told(self, command, source, tmp_path):
         result = self.train(
-            door, tmp_path, f"--input={source}", "--new_tokens=2", "--max_pretokens=3"
+            command, tmp_path, f"--input={source}", "--new_tokens=2", "--max_pretokens=3"
         )
         assert result.returncode == 0, result.stderr
         assert "not exact: the" in result.stdout and "--max_pretokens=3" in result.stdout
@@ -109,20 +111,20 @@ class TestDoor:
             (["--new_tokens=1", "--output=setup.py"], b"", "--output=setup.py is not a folder"),
         ],
     )
-    def test_one_line_and_nothing_written(self, door, tmp_path, options, content, message):
+    def test_one_line_and_nothing_written(self, command, tmp_path, options, content, message):
         (tmp_path / "in.jsonl").write_bytes(content)
-        result = self.train(door, tmp_path, f"--input={tmp_path}/in.jsonl", *options)
+        result = self.train(command, tmp_path, f"--input={tmp_path}/in.jsonl", *options)
         assert result.returncode == 2
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert message in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
-    def test_commands_are_named(self, door):
+    def test_commands_are_named(self, command):
         for arguments in ([], ["--input=x"], ["trian"]):
-            result = door("tokenize", *arguments)
+            result = command("tokenize", *arguments)
             assert result.returncode == 2
             assert "train|stats|export|encode" in result.stderr
-        assert "tokenize train" in door("tokenize", "--help").stdout
+        assert "tokenize train" in command("tokenize", "--help").stdout
 
 
 @pytest.mark.parametrize(

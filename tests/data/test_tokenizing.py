@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY, door_environment, random_documents, write_jsonl
+from conftest import REPOSITORY, command_environment, random_documents, write_jsonl
 
 from llama3_jax.data import tokenizer as tokenizers
 from llama3_jax.data import tokenizing
@@ -146,12 +146,12 @@ def test_a_killed_run_leaves_no_corpus_and_is_finished_by_the_same_command(
     out = tmp_path / "out"
     options = ["encode", f"--input={source}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]
     code = (
-        "import llama3_jax.data.tokenizing as t, llama3_jax.tokenize as door, sys;"
+        "import llama3_jax.data.tokenizing as t, llama3_jax.tokenize as program, sys;"
         "t.Options.__new__.__defaults__ = ('text', 'id', 0.0, 100_000);"
-        "door.run(sys.argv)"
+        "program.run(sys.argv)"
     )
     command = [sys.executable, "-c", code, *options]
-    options = dict(cwd=REPOSITORY, env=door_environment(compilation_cache))
+    options = dict(cwd=REPOSITORY, env=command_environment(compilation_cache))
     child = subprocess.Popen(command, **options)
     while not list(out.glob("train/shard-00002.json")):
         assert child.poll() is None, "finished before it could be killed"
@@ -218,8 +218,8 @@ def test_damaged_parquet_is_named(tmp_path, byte_tokenizer):
         tokenize([tmp_path / "b.parquet"], tmp_path / "out", byte_tokenizer, Options())
 
 
-def test_the_door_says_what_is_missing(door, tmp_path):
-    result = door("tokenize", "encode", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
+def test_the_program_says_what_is_missing(command, tmp_path):
+    result = command("tokenize", "encode", f"--input={tmp_path}/no*.jsonl", f"--output={tmp_path}/o",
                   f"--tokenizer={tmp_path}/none.tiktoken")  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: --input={tmp_path}/no*.jsonl: no such file"
@@ -287,18 +287,18 @@ class TestAnExistingCorpus:
         tokenize([source], out, byte_tokenizer, Options())
         assert not (out / "validation").exists()
 
-    def test_is_replaced_only_if_told(self, door, tmp_path, byte_tokenizer):
+    def test_is_replaced_only_if_told(self, command, tmp_path, byte_tokenizer):
         source = write_jsonl(tmp_path / "in.jsonl", random_documents("d", 60, seed=9))
         more = write_jsonl(tmp_path / "more.jsonl", random_documents("e", 5, seed=1))
         out = tmp_path / "out"
         tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
         before = content(out / "train") | content(out / "validation")
         command = ["tokenize", "encode", f"--input={more}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
-        done = door(*command)
+        done = command(*command)
         message = f"error: --output={out} holds a corpus; name another folder, or add --overwrite"
         assert (done.returncode, done.stderr.strip()) == (2, message)
         assert content(out / "train") | content(out / "validation") == before
-        done = door(*command, "--overwrite")
+        done = command(*command, "--overwrite")
         assert done.returncode == 0, done.stderr
         assert len(texts(out / "train")) == 5 and not (out / "validation").exists()
 

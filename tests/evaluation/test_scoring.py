@@ -92,9 +92,9 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     losses = -np.take_along_axis(normal, targets[..., None], -1)[..., 0]
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 90 * 7)
     arguments = map(jnp.asarray, (hidden, head, targets, mask))
-    found, likeliest = cross_entropy.linear_scores(*arguments)
+    found, is_argmax = cross_entropy.linear_scores(*arguments)
     np.testing.assert_allclose(found, np.where(mask, losses, 0), rtol=1e-5, atol=1e-5)
-    assert ((logits.argmax(-1) == targets) & mask).tolist() == likeliest.tolist()
+    assert ((logits.argmax(-1) == targets) & mask).tolist() == is_argmax.tolist()
 
 
 def test_an_empty_context_is_refused(params):

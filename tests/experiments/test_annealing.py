@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, command_environment
 from test_train import CONFIG
 
 from experiments.annealing import probe
@@ -26,7 +26,7 @@ def base(tmp_path_factory, corpora, compilation_cache):
     command = [sys.executable, "-m", "llama3_jax.train", f"--config={folder / 'tiny.py'}:{corpora}",
                f"--workdir={folder / 'base'}", "--config.stages[2].tokens=512",
                "--config.stages[3].tokens=512", "--config.stages[3].lr.end=0.0001"]  # fmt: skip
-    done = subprocess.run(command, cwd=REPOSITORY, env=door_environment(compilation_cache),
+    done = subprocess.run(command, cwd=REPOSITORY, env=command_environment(compilation_cache),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "base"
@@ -60,9 +60,9 @@ def test_arms_differ_in_their_mix_alone(base, corpora):
     assert timeline.learning_rate(timeline.tokens) == 0
 
 
-def test_a_probe_starts_from_the_bases_weights(base, arm, door, corpora, tmp_path):
+def test_a_probe_starts_from_the_bases_weights(base, arm, command, corpora, tmp_path):
     workdir = tmp_path / "new-0"
-    done = door("train", f"--config={arm(f'{corpora}/b')}", f"--workdir={workdir}")
+    done = command("train", f"--config={arm(f'{corpora}/b')}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     last = [r["loss"] for r in read_metrics(base) if r["kind"] == "train"]
     first = [r["loss"] for r in read_metrics(workdir) if r["kind"] == "train"]
@@ -73,8 +73,8 @@ def test_a_probe_starts_from_the_bases_weights(base, arm, door, corpora, tmp_pat
     assert json.loads((workdir / "config.json").read_text())["init_from"] == str(base)
 
 
-def test_another_model_is_refused(base, arm, door, tmp_path):
-    done = door("train", f"--config={arm('control')}", f"--workdir={tmp_path / 'w'}",
+def test_another_model_is_refused(base, arm, command, tmp_path):
+    done = command("train", f"--config={arm('control')}", f"--workdir={tmp_path / 'w'}",
                 "--config.model.ffn_dim=32")  # fmt: skip
     assert done.returncode == 2
     assert "config.model.ffn_dim is 32" in done.stderr

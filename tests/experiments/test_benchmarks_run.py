@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, door_environment
+from conftest import REPOSITORY, command_environment
 
 from tests.curation.page.test_extract import PROSE, page
 
@@ -67,7 +67,7 @@ def test_a_benchmark_runs_at_toy_size(name, docs, tmp_path, compilation_cache):
     (tmp_path / "work").mkdir()
     out = tmp_path / "out.json"
     values = dict(out=out, folder=tmp_path / "work", docs=docs)
-    environment = door_environment(compilation_cache) | {"HOME": os.environ.get("HOME", "/")}
+    environment = command_environment(compilation_cache) | {"HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.benchmarks.{name}",
          *(option.format(**values) for option in options)],

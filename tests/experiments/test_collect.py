@@ -32,7 +32,7 @@ def made_run(workdir, argument, finished=True):
 
 
 @pytest.fixture
-def door_module():
+def program_module():
     def run(*arguments):
         command = [sys.executable, "-m", "experiments.scaling_laws.collect", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
@@ -53,18 +53,18 @@ def test_a_runs_record_holds_what_it_was_and_reached(tmp_path):
     assert set(collect.COLUMNS) <= set(found)
 
 
-def test_unfinished_runs_are_named_and_the_others_collected(tmp_path, door_module):
+def test_unfinished_runs_are_named_and_the_others_collected(tmp_path, program_module):
     made_run(tmp_path, "6e18,124M")
     made_run(tmp_path, "6e18,227M", finished=False)
     (tmp_path / "6e18,272M").mkdir()
     (tmp_path / "6e18,272M/config.json").write_text("{}")
-    done = door_module(f"--workdir={tmp_path}")
+    done = program_module(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "left out, not finished: 6e18,227M (step" in done.stdout
     assert "; 6e18,272M (not begun)" in done.stdout
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
     shutil.rmtree(tmp_path / "6e18,124M")
-    done = door_module(f"--workdir={tmp_path}")
+    done = program_module(f"--workdir={tmp_path}")
     assert done.returncode == 2 and "no finished runs" in done.stderr
 
 

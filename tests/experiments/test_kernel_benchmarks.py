@@ -423,7 +423,7 @@ def test_utilisation_by_the_three_accountings():
     assert 0 < mfu["document"] < mfu["causal"] < mfu["full"] < 1
 
 
-@pytest.mark.parametrize("remat", ["save_products", "offload"])
+@pytest.mark.parametrize("remat", ["save_dots", "offload"])
 def test_the_step_takes_what_a_config_takes_for_remat(remat, tmp_path):
     done = run("step_h100", f"--remat={remat}", cache=tmp_path)
     assert done.returncode == 2 and "jax finds none" in done.stderr, done.stderr

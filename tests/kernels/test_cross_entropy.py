@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llama3_jax.kernels import cross_entropy
 from llama3_jax.kernels.cross_entropy import Plain, Whole, in_chunks, linear_cross_entropy
-from llama3_jax.parallel.ranks import Ranks
+from llama3_jax.parallel.ranks import Collectives
 
 MASKS = ["some", "all", "none", "one"]
 
@@ -91,7 +91,7 @@ def test_triton_equals_float64(mask):
 def test_a_vocabulary_split_over_ranks(implementation):
     inputs = make_inputs(np.random.default_rng(), "some", 70, 16, 4 * 24)
     mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
-    ranks, whole = Ranks(tensor=4), PartitionSpec()
+    ranks, whole = Collectives(tensor=4), PartitionSpec()
     if implementation == "triton":
         how, interpreted = triton_tiles()
         compute = functools.partial(in_chunks, how)

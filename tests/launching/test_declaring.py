@@ -31,7 +31,7 @@ def test_the_sweep_option():
 
 
 def test_entries_become_units_with_directory_names():
-    units = work_units(["6e18,124M", {"config.optimizer.b2": 0.9}, WorkUnit(door="fit")], "arg")
+    units = work_units(["6e18,124M", {"config.optimizer.b2": 0.9}, WorkUnit(program="fit")], "arg")
     assert [u.name for u in units] == ["6e18,124M", "b2=0.9", "3"]
     assert units[0].command_line("py", "f.py") == [
         "py", "-m", "llama3_jax.train", "--config=f.py:6e18,124M", "--workdir={workdir}",
@@ -48,11 +48,11 @@ def test_entries_become_units_with_directory_names():
         (["a", "a"], "two work units are named 'a'"),
         ([WorkUnit(name="a/b")], "one directory's"),
         ([WorkUnit(name="logs")], "the experiment's own folder"),
-        ([WorkUnit(door="trian")], "door 'trian' is none of train"),
+        ([WorkUnit(program="trian")], "program 'trian' is none of train"),
         ([WorkUnit(name="a", after=("b",))], "'a' waits for 'b', which is none"),
         ([WorkUnit(name=n, after=(a,)) for n, a in ("ab", "bc", "ca")], "a, b, c wait for each"),
     ],
-    ids=["none", "kind", "twice", "slash", "reserved", "door", "unknown", "circle"],
+    ids=["none", "kind", "twice", "slash", "reserved", "program", "unknown", "circle"],
 )
 def test_declarations_that_cannot_be_run(entries, message):
     with pytest.raises(UserError, match=message):
@@ -85,7 +85,7 @@ def file(tmp_path):
     return path
 
 
-def test_training_is_checked_as_the_door_would(file, corpora):
+def test_training_is_checked_as_the_program_would(file, corpora):
     def checked(*sweep: str, overrides=()):
         units = prepare.declared_units(f"{file}:{corpora}", sweep, overrides)
         return units, prepare.check(units, str(file), {"cpus": 2, "gpus": 0})
@@ -112,7 +112,7 @@ def test_what_a_unit_needs_must_be_there(file, corpora):
     with pytest.raises(UserError, match="no program 'no_such'"):
         check(command=("no_such",))
     with pytest.raises(UserError, match="no module experiments.nothing"):
-        check(door="experiments.nothing")
+        check(program="experiments.nothing")
     with pytest.raises(UserError, match="needs 1 gpus, --gpus says 0"):
         check(one, command=("true",), requirements=Requirements(gpus=1))
     with pytest.raises(UserError, match="needs --executor=slurm"):
@@ -153,7 +153,7 @@ def test_cpus_come_with_gpus(tmp_path):
 
 def test_directories_and_number_are_filled_in(tmp_path):
     said = "{root} {xid} {experiment} {workdir} {other}"
-    units = work_units([WorkUnit(name="u", door="a.b", arguments=(said,)), "x"])
+    units = work_units([WorkUnit(name="u", program="a.b", arguments=(said,)), "x"])
     first, second = prepare.rows(units, "f.py", tmp_path / "7", None)
     assert first["command"][1:] == [
         "-m", "a.b", f"{tmp_path} 7 {tmp_path}/7 {tmp_path}/7/u {{other}}",

@@ -234,7 +234,7 @@ def sweep():
     from llama3_jax.launching.experiment import WorkUnit
 
     return [WorkUnit(name="first", command=("true",)),
-            WorkUnit(name="u", door="curate", after=("first",), retries=0)]
+            WorkUnit(name="u", program="curate", after=("first",), retries=0)]
 """
 
     assert launch("--config=UNITS", "--wait", units=config("1"))[0] == 1  # no curation's config

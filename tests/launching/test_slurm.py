@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, REPOSITORY, door_environment
+from conftest import QUICK, REPOSITORY, command_environment
 
 from llama3_jax.launching import slurm as slurm_executor
 from llama3_jax.launching.slurm import sbatch_options
@@ -71,7 +71,7 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture
 def launch(slurm, tmp_path, compilation_cache):
-    environment = door_environment(compilation_cache) | {"SLURM_CONF": slurm}
+    environment = command_environment(compilation_cache) | {"SLURM_CONF": slurm}
 
     def run(*arguments: str, file: str = "", extra: dict[str, str] | None = None) -> str:
         if file:
@@ -303,11 +303,11 @@ def release(launch, store) -> None:
 
 
 @pytest.mark.slow  # the run must outlast what Slurm takes to preempt it
-def test_a_preempted_run_ends_as_the_undisturbed_one(launch, store, tmp_path, corpora, door):
+def test_a_preempted_run_ends_as_the_undisturbed_one(launch, store, tmp_path, corpora, command):
     config = f"--config=FILE:{corpora},1,1500"
     (tmp_path / "file.py").write_text(TRAINING)
     undisturbed = tmp_path / "undisturbed"
-    assert door("train", config.replace("FILE", str(tmp_path / "file.py")),
+    assert command("train", config.replace("FILE", str(tmp_path / "file.py")),
                 f"--workdir={undisturbed}").returncode == 0  # fmt: skip
     launch(config, "--executor=slurm", "--slurm=--partition=low", file=TRAINING)
     (unit,) = store.units(1)
@@ -342,7 +342,7 @@ def test_a_sweep_of_six_runs(launch, store, tmp_path, corpora):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(launch, store, tmp_path, corpora, door):
+def test_two_processes_are_one_run(launch, store, tmp_path, corpora, command):
     config = f"--config=FILE:{corpora},2,6"
     launch(config, "--executor=slurm", "--wait", file=TRAINING + PROCESSES)
     (unit,) = store.units(1)
@@ -352,7 +352,7 @@ def test_two_processes_are_one_run(launch, store, tmp_path, corpora, door):
         [sys.executable, "-m", "llama3_jax.train",
          config.replace("FILE", str(tmp_path / "file.py")), f"--workdir={tmp_path / 'one'}"],
         cwd=REPOSITORY, capture_output=True, text=True,
-        env=door_environment(tmp_path) | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"},
+        env=command_environment(tmp_path) | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert curve(Path(unit.workdir)) == curve(tmp_path / "one")

@@ -101,7 +101,7 @@ def test_remat_and_unrolling_change_nothing():
         return jax.jit(jax.grad(lambda p: document_loss(config, p, *batch(config))[0]))(params)
 
     expected = gradients()
-    variants = [{"remat": name} for name in ("full", "save_attention", "save_products", "offload")]
+    variants = [{"remat": name} for name in ("full", "save_attention", "save_dots", "offload")]
     variants += [{"layer_unroll": 2}, {"layer_unroll": 3}, {"attention": "chunked"}]
     for update in variants:
         for ours, reference in zip(
@@ -118,7 +118,7 @@ def saved_bytes(**update) -> int:
 
 
 def test_remat_keeps_less_for_the_backward_pass():
-    names = ("full", "save_attention", "save_products", "none")
+    names = ("full", "save_attention", "save_dots", "none")
     full, attention, products, none = (saved_bytes(remat=name) for name in names)
     assert full < attention < products < none
 

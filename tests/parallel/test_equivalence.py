@@ -33,9 +33,9 @@ from tests.parallel.equivalence import (
 
 OPTIMIZER = OptimizerConfig(clip=1e9)
 SCHEDULES = {
-    "gpipe": dict(schedule="gpipe", fsdp="kept"),
-    "1f1b": dict(schedule="1f1b", fsdp="zero3"),
-    "interleaved": dict(schedule="interleaved", fsdp="kept"),
+    "gpipe": dict(schedule="gpipe", reshard_after_forward=False),
+    "1f1b": dict(schedule="1f1b", reshard_after_forward=True),
+    "interleaved": dict(schedule="interleaved", reshard_after_forward=False),
 }
 
 
@@ -45,8 +45,9 @@ def cases():
         # Every mesh of several tensor ranks runs its products in pieces of tokens.
         pieces = {"tensor_pieces": 2} if shape[3] > 1 else {}
         if shape[1] == 1:
-            fsdp = ("zero3", "kept")[number % 2]
-            yield pytest.param(shape, dict(fsdp=fsdp) | pieces, id=f"{name}-{fsdp}")
+            reshard = number % 2 == 0
+            options = dict(reshard_after_forward=reshard) | pieces
+            yield pytest.param(shape, options, id=f"{name}-reshard={reshard}")
             continue
         for place, (schedule, options) in enumerate(SCHEDULES.items()):
             options = options | pieces
@@ -106,12 +107,12 @@ def test_training_step_equals_the_serial_model(shape, options):
 
 VARIANTS = {
     "remat": ((2, 2, 2, 1), dict(virtual_stages=2), dict(remat="full")),
-    "remat-kept": ((2, 2, 1, 2), dict(fsdp="kept"), dict(remat="save_products")),
+    "remat-kept": ((2, 2, 1, 2), dict(reshard_after_forward=False), dict(remat="save_dots")),
     "chunked-context": ((2, 1, 2, 2), dict(), dict(remat="full", attention="chunked")),
     "tied-head": ((1, 2, 1, 4), dict(), dict(tied_head=True)),
     "tied-head-kept": (
         (4, 1, 1, 2),
-        dict(fsdp="kept"),
+        dict(reshard_after_forward=False),
         dict(tied_head=True, layer_unroll=6, loss="chunked"),
     ),
 }
@@ -135,15 +136,17 @@ def test_remat_attention_and_tied_head_change_nothing(shape, options, changes):
     assert float(sums.tokens_by_source.sum()) == batch["loss_mask"].sum()
 
 
-REMAT = ("none", "full", "save_attention", "save_products")
+REMAT = ("none", "full", "save_attention", "save_dots")
 
 
 def full_matrix():
-    for shape, remat, fsdp in itertools.product(FACTORISATIONS, REMAT, ("zero3", "kept")):
+    for shape, remat, reshard in itertools.product(FACTORISATIONS, REMAT, (True, False)):
         # Without a pipeline one schedule is as good as another.
         for schedule in SCHEDULES if shape[1] > 1 else ("gpipe",):
-            name = "-".join(("x".join(map(str, shape)), schedule, fsdp, remat))
-            yield pytest.param(shape, dict(schedule=schedule, fsdp=fsdp), remat, id=name)
+            name = "-".join(("x".join(map(str, shape)), schedule, str(reshard), remat))
+            yield pytest.param(
+                shape, dict(schedule=schedule, reshard_after_forward=reshard), remat, id=name
+            )
 
 
 @functools.cache

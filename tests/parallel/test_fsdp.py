@@ -49,15 +49,15 @@ def test_zero3_gathers_in_bfloat16_where_a_weight_is_used_and_reduces_in_float32
 
 
 def test_kept_gathers_each_weight_and_reduces_each_gradient_once_a_step():
-    config = MeshConfig(data=8, fsdp="kept")
+    config = MeshConfig(data=8, reshard_after_forward=False)
     assert collectives(config, "all_gather") == [(0, "bfloat16")] * SHARDED
     assert collectives(config, "reduce_scatter") == [(0, "float32")] * SHARDED
 
 
-@pytest.mark.parametrize("fsdp", ["zero3", "kept"])
-def test_no_gathered_weight_is_kept_for_the_backward_pass(fsdp):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_no_gathered_weight_is_kept_for_the_backward_pass(reshard):
     """remat="none" keeps activations; weights are gathered, or widened, once more."""
-    layout = make_mesh(MeshConfig(data=8, fsdp=fsdp))
+    layout = make_mesh(MeshConfig(data=8, reshard_after_forward=reshard))
     batch = put_batch(packed_batch(), layout)
     function = make_gradients(BFLOAT16, layout, 1, SOURCES)
     jaxpr = jax.make_jaxpr(function)(abstract_params(BFLOAT16, layout), batch)

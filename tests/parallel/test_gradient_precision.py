@@ -77,7 +77,7 @@ def expected() -> dict[str, np.ndarray]:
 MESHES = {
     "one": MeshConfig(),
     "zero3": MeshConfig(data=2, tensor=2),
-    "kept": MeshConfig(data=4, fsdp="kept"),
+    "kept": MeshConfig(data=4, reshard_after_forward=False),
     "pipe": MeshConfig(pipe=2, data=2),
 }
 

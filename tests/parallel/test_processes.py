@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, door_environment, free_port
+from conftest import REPOSITORY, command_environment, free_port
 
 from llama3_jax.errors import UserError
 from llama3_jax.parallel.processes import Joining, initialize_arguments, local_rows
@@ -113,7 +113,7 @@ def start(compilation_cache):
                     cwd=REPOSITORY,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    env=door_environment(compilation_cache) | {"PYTHONPATH": str(REPOSITORY)},
+                    env=command_environment(compilation_cache) | {"PYTHONPATH": str(REPOSITORY)},
                 )  # fmt: skip
             )
         return children

@@ -30,15 +30,15 @@ def case(name: str, rows: int, length: int, micro: int, mesh: dict, **model) -> 
 CASES = [
     case("one GPU", 1, 8192, 1, {}, remat="save_attention", **KERNELS),
     case("zero3", 16, 2048, 1, dict(data=8), attention="reference"),
-    case("zero3 again", 64, 1024, 2, dict(data=16), attention="reference", remat="save_products"),
-    case("kept, none", 16, 256, 2, dict(data=8, fsdp="kept"), remat="none", attention="reference"),
+    case("zero3 again", 64, 1024, 2, dict(data=16), attention="reference", remat="save_dots"),
+    case("kept, none", 16, 256, 2, dict(data=8, reshard_after_forward=False), remat="none", attention="reference"),
     case("tensor", 8, 1024, 2, dict(data=2, tensor=4), attention="reference"),
-    case("context", 2, 16_384, 1, dict(data=2, context=2, tensor=2), remat="save_products"),
-    case("kernels", 8, 8192, 1, dict(data=4, tensor=2), layers=2, remat="save_products", **KERNELS),
+    case("context", 2, 16_384, 1, dict(data=2, context=2, tensor=2), remat="save_dots"),
+    case("kernels", 8, 8192, 1, dict(data=4, tensor=2), layers=2, remat="save_dots", **KERNELS),
     case("pipeline", 32, 1024, 8,
-         dict(data=2, pipe=2, tensor=2, fsdp="kept", virtual_stages=2), attention="reference"),
+         dict(data=2, pipe=2, tensor=2, reshard_after_forward=False, virtual_stages=2), attention="reference"),
     case("all four", 16, 8192, 4,
-         dict(data=2, pipe=2, context=2, tensor=2, virtual_stages=3), remat="save_products"),
+         dict(data=2, pipe=2, context=2, tensor=2, virtual_stages=3), remat="save_dots"),
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_the_other_cases():
 
 
 def planned(config: str, folder) -> dict:
-    """A stage as the door compiles it."""
+    """A stage as the program compiles it."""
     target = folder / "plan.json"
     done = subprocess.run(
         [sys.executable, "-m", "llama3_jax.plan", f"--json={target}",

@@ -10,7 +10,7 @@ import shutil
 import jax
 import pytest
 
-from llama3_jax import train as door
+from llama3_jax import train as program
 from llama3_jax.errors import UserError
 from llama3_jax.evaluation.metrics import Metric
 from llama3_jax.evaluation.needle import Cell
@@ -91,7 +91,7 @@ def run_to_the_end(corpora, workdir, stand_in, **changes):
         run.suite = dataclasses.replace(stand_in, config=run.suite.config)
         run.suite.calls = stand_in.calls
         try:
-            return door.train(run, workdir)
+            return program.train(run, workdir)
         except Stopped:
             stand_in.break_at = -1
 

@@ -223,13 +223,15 @@ def test_extra_sections(report, records):
     assert order == sorted(order)
 
 
-def test_statistics_of_tokenizers_become_a_section(report, records, door, tmp_path, byte_tokenizer):
+def test_statistics_of_tokenizers_become_a_section(
+    report, records, command, tmp_path, byte_tokenizer
+):
     report(records)
     workdir = tmp_path / "demo <1>"
     source = write_jsonl(tmp_path / "web.jsonl", {"a": "né"})
     stats = tokenizer_stats.measure([source], {"bytes": str(byte_tokenizer)})
     tokenizer_stats.save(*stats, workdir / tokenizers.FOLDER)
-    result = door("report", f"--workdir={workdir}")
+    result = command("report", f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     elements = Elements((workdir / "report.html").read_text(encoding="utf-8"))
     assert ["web", "0.667"] in elements.rows  # 2 characters in 3 bytes
@@ -321,7 +323,7 @@ def test_unknown_kinds_and_a_cut_last_line_do_not_matter(report, records, tmp_pa
     assert write_report(metrics.parent).read_text(encoding="utf-8") == whole
 
 
-def test_door(tmp_path):
+def test_program(tmp_path):
     command = [sys.executable, "-m", "llama3_jax.report", f"--workdir={tmp_path}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     failed = subprocess.run(command, capture_output=True, text=True, env=environment)

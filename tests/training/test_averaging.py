@@ -47,19 +47,19 @@ def test_it_keeps_a_copy_of_what_the_step_donates():
     check(average.params, [kept], [1.0])
 
 
-def test_the_average_of_model_folders(tmp_path, door):
+def test_the_average_of_model_folders(tmp_path, command):
     models = random_params(3)
     for number, params in enumerate(models):
         save_model(tmp_path / str(number), MODEL, params, "t")
     paths = [tmp_path / str(number) for number in range(3)]
     check(average_models(paths, None).params, models, [1, 1, 1])
     where = [f"--from={path}" for path in paths]
-    made = door("convert", "average", *where, "--weights=1,0,3", f"--to={tmp_path}/mean")
+    made = command("convert", "average", *where, "--weights=1,0,3", f"--to={tmp_path}/mean")
     assert made.returncode == 0, made.stderr
     loaded = load_model(tmp_path / "mean")
     check(loaded.params, models, [1, 0, 3])
     assert loaded.tokenizer == "t"
-    again = door("convert", "average", *where, f"--to={tmp_path}/mean")
+    again = command("convert", "average", *where, f"--to={tmp_path}/mean")
     assert again.returncode == 2 and "--overwrite" in again.stderr
     save_model(tmp_path / "other", MODEL.model_copy(update={"layers": 1}), models[0], "u")
     with pytest.raises(UserError, match="of another tokenizer"):

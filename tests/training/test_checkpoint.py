@@ -64,7 +64,12 @@ MESHES = {
     "context-tensor": MeshConfig(data=2, context=2, tensor=2),
     "uneven-pipe": MeshConfig(pipe=4, tensor=2),
     "interleaved": MeshConfig(
-        data=2, pipe=2, context=2, schedule="interleaved", virtual_stages=2, fsdp="kept"
+        data=2,
+        pipe=2,
+        context=2,
+        schedule="interleaved",
+        virtual_stages=2,
+        reshard_after_forward=False,
     ),
 }
 
