@@ -4,7 +4,7 @@
     python -m experiments.benchmarks.tokenizer --text=runs/tokenizer_text --json=tokenizer.json
 
 Training text: LibreOffice's help in 11 languages but English (tokenizer_text.py), 20 MB and more;
-held out: every tenth page, no line of which is in the training text, also of English. Collectives come
+held out: every tenth page, no line of which is in the training text, also of English. Ranks come
 from the installed llama-models: the first 100,256 of Meta's are cl100k's, checked by tiktoken's own
 checksum; Meta's tokenizer is the whole file.
 

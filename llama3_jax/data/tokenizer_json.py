@@ -100,7 +100,7 @@ def dump(
 
 
 def load(path: Path, pattern: str) -> tuple[dict[bytes, int], list[str]]:
-    """Collectives and the names of the specials, which must follow the ranks.
+    """Ranks and the names of the specials, which must follow the ranks.
 
     Raises:
       UserError: no such file, damaged, or a tokenizer that merges by rank would give other ids.

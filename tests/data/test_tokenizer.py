@@ -186,7 +186,7 @@ def test_metas_tokenizer_in_both_formats(tmp_path):
 
 
 class _Below(dict):
-    """Collectives below a limit."""
+    """Ranks below a limit."""
 
     def __init__(self, ranks, limit):
         self.ranks, self.limit = ranks, limit

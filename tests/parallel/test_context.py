@@ -58,7 +58,7 @@ def test_imbalance_of_documents_is_that_of_all_pairs_counted_one_by_one(context)
     batch = packed_batch(seed=int(np.random.default_rng().integers(1 << 30)), rows=6, length=32)
     batch["segment_ids"][0, -5:] = 0  # padding
     work = work_by_rank(batch["segment_ids"], context)
-    # Collectives wait for each other in every row.
+    # Ranks wait for each other in every row.
     expected = work.max(1).sum() / work.mean(1).sum()
     assert expected > 1
     assert imbalance(positions_of(batch), context) == pytest.approx(expected, rel=1e-12)
