@@ -134,116 +134,56 @@ def run_schedule(
     `loss_sums` are zeros of what `last` returns; `activation` is what goes from stage to stage.
     Without backward slots in the schedule no gradients are computed and they come back as None.
     """
-    P, V, most = schedule.stages, schedule.virtual, stages.most
     plan = make_plan(schedule)
-    training = bool((schedule.backward != IDLE).any())
-    rank = lax.axis_index("pipe")
-    counts = jnp.asarray(stages.counts, jnp.int32)[rank]
-    constants, variables = blocks
-    x_zero = jnp.zeros(activation.shape, activation.dtype)
+    run = _Rank(schedule, stages, parts, blocks, ends, activation)
+    carry = run.start(plan.sizes, loss_sums)
+    for directions, ticks in schedule.phases():
+        rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
+        carry, _ = lax.scan(functools.partial(run.tick, directions), carry, rows)
+    loss, sums = carry["loss"]
+    gradients = carry["block_gradients"], carry["end_gradients"]
+    return Result(loss, sums, carry["layers"], *gradients, carry["ticks"])
 
-    def weights(place):
-        index = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
-        return jax.tree.map(index, constants), jax.tree.map(index, variables)
 
-    example = (*weights(0), x_zero, parts.inputs(jnp.int32(0)))
-    split = SplitLayer(parts.layer, example) if training else None
+class _Rank:
+    """What a rank does in a tick. What goes from tick to tick is `carry`, a dict: the buffers, what
+    is sent, and the sums. A tick's `row` says which micro-batch and slots (`make_plan`)."""
 
-    def if_present(layer, v, function, *operands):
-        """A place of the stack that holds no layer is skipped."""
-        if stages.even:
-            return function(*operands)
-        return _when("layer", layer < counts[v], function, *operands)
+    def __init__(self, schedule: Schedule, stages: Stages, parts: Parts, blocks, ends, activation):
+        self.P, self.V, self.most = schedule.stages, schedule.virtual, stages.most
+        self.parts, self.blocks, self.ends = parts, blocks, ends
+        self.number = lax.axis_index("pipe")
+        self.even = stages.even
+        self.counts = jnp.asarray(stages.counts, jnp.int32)[self.number]
+        self.x_zero = jnp.zeros(activation.shape, activation.dtype)
+        self.example = (*self.weights(0), self.x_zero, parts.inputs(jnp.int32(0)))
+        self.training = bool((schedule.backward != IDLE).any())
+        self.split = SplitLayer(parts.layer, self.example) if self.training else None
 
-    def forward(carry, row):
-        shared = parts.inputs(row["forward_m"])
-        v = row["forward_v"]
-        first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
+    def start(self, sizes: dict[str, int], loss_sums: tuple[Array, Any]) -> dict[str, Any]:
+        """The carry before the first tick."""
 
-        def embedding(_):
-            return (parts.first({k: ends[k] for k in parts.first_keys}, shared),)
+        def buffer(size, s):
+            return jnp.zeros((size, *s.shape), s.dtype)
 
-        (x,) = _when("embedding", first_chunk, embedding, _read(carry["arrived"], row["take"]))
+        _, sown = jax.eval_shape(self.parts.layer, *self.example)
+        kept = self.split.shapes() if self.split else []
+        zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+        waiting = ("arrived", "arrived_back", "finals")
+        return {name: buffer(max(sizes[name], 1), self.x_zero) for name in waiting} | {
+            "kept": [buffer(sizes["kept"] * self.most, s) for s in kept],
+            "sent": self.x_zero,
+            "sent_back": self.x_zero,
+            "loss": loss_sums,
+            "layers": jax.tree.map(functools.partial(buffer, self.V * self.most), sown),
+            "block_gradients": zeros(self.blocks[1]) if self.training else None,
+            "end_gradients": zeros(self.ends) if self.training else None,
+            "ticks": jnp.int32(0),
+        }
 
-        def layer(state, number):
-            def apply(x, kept, layers, loss):
-                place = v * most + number
-                ((y, own_loss), own), new = _apply_layer(split, parts, weights(place), x, shared)
-                so_far = jax.tree.map(lambda s: s[place], layers)
-                layers = jax.tree.map(
-                    lambda s, value: s.at[place].set(value), layers, so_far.combined(own)
-                )
-                slot = row["keep"] * most + number
-                kept = [_write(b, slot, n) for b, n in zip(kept, new, strict=True)]
-                return y, kept, layers, loss + own_loss
-
-            return if_present(number, v, apply, *state), None
-
-        (head_loss, sums) = carry["loss"]
-        (x, kept, layers, head_loss), _ = lax.scan(
-            layer, (x, carry["kept"], carry["layers"], head_loss), jnp.arange(most)
-        )
-        carry = carry | {"kept": kept, "layers": layers, "loss": (head_loss, sums)}
-        if training:
-            (finals,) = _when(
-                "head", last_chunk, lambda b: (_write(b, row["final"], x),), carry["finals"]
-            )
-            return carry | {"finals": finals, "sent": x}
-
-        def head(loss):
-            own = {k: ends[k] for k in parts.last_keys}
-            return (_add(parts.last(own, x, shared), loss),)
-
-        (loss,) = _when("head", last_chunk, head, carry["loss"])
-        return carry | {"loss": loss, "sent": x}
-
-    def backward(carry, row):
-        shared = parts.inputs(row["backward_m"])
-        v = row["backward_v"]
-        first_chunk, last_chunk = (rank == 0) & (v == 0), (rank == P - 1) & (v == V - 1)
-
-        def from_head(_, end_gradients, loss):
-            own = {k: ends[k] for k in parts.last_keys}
-            x = _read(carry["finals"], row["final_take"])
-            value, vjp, sums = jax.vjp(
-                lambda own, x: parts.last(own, x, shared), own, x, has_aux=True
-            )
-            gradients, dx = vjp(jnp.ones_like(value))
-            return dx, _add_keys(end_gradients, gradients), _add((value, sums), loss)
-
-        dx = _read(carry["arrived_back"], row["take_back"])
-        dx, end_gradients, loss = _when(
-            "head", last_chunk, from_head, dx, carry["end_gradients"], carry["loss"]
-        )
-
-        def layer(state, number):
-            def apply(dx, accumulated):
-                place = v * most + number
-                slot = row["release"] * most + number
-                kept = [_read(buffer, slot) for buffer in carry["kept"]]
-                gradients, dx = split.backward(kept, *weights(place), x_zero, shared, dx)
-                add = lambda a, g: a.at[place].add(g.astype(a.dtype))  # noqa: E731
-                return dx, jax.tree.map(add, accumulated, gradients)
-
-            return if_present(number, v, apply, *state), None
-
-        (dx, block_gradients), _ = lax.scan(
-            layer, (dx, carry["block_gradients"]), jnp.arange(most), reverse=True
-        )
-
-        def to_embedding(end_gradients):
-            own = {k: ends[k] for k in parts.first_keys}
-            _, vjp = jax.vjp(lambda own: parts.first(own, shared), own)
-            return (_add_keys(end_gradients, vjp(dx)[0]),)
-
-        (end_gradients,) = _when("embedding", first_chunk, to_embedding, end_gradients)
-        return carry | {
-            "block_gradients": block_gradients, "end_gradients": end_gradients, "loss": loss,
-            "sent_back": dx,
-        }  # fmt: skip
-
-    def tick(directions: tuple[str, ...], carry, row):
-        row = {name: values[rank] for name, values in row.items()}
+    def tick(self, directions: tuple[str, ...], carry: dict, row: dict) -> tuple[dict, None]:
+        """What arrived is stored; then a forward and its exchange, a backward and its exchange."""
+        row = {name: values[self.number] for name, values in row.items()}
         if "forward" in directions:
             arrived = _write_if(carry["arrived"], row["arrive"], carry["sent"])
             carry = carry | {"arrived": arrived}
@@ -251,45 +191,126 @@ def run_schedule(
             arrived = _write_if(carry["arrived_back"], row["arrive_back"], carry["sent_back"])
             carry = carry | {"arrived_back": arrived}
         if "forward" in directions:
-            (carry,) = _when(
-                "forward", row["forward_m"] != IDLE, lambda c: (forward(c, row),), carry
-            )
-            sent = lax.ppermute(carry["sent"], "pipe", [(r, (r + 1) % P) for r in range(P)])
-            carry = carry | {"sent": sent}
+            busy = row["forward_m"] != IDLE
+            (carry,) = _when("forward", busy, lambda c: (self.forward(c, row),), carry)
+            carry = carry | {"sent": self.exchange(carry["sent"], 1)}
         if "backward" in directions:
-            (carry,) = _when(
-                "backward", row["backward_m"] != IDLE, lambda c: (backward(c, row),), carry
-            )
-            back = lax.ppermute(carry["sent_back"], "pipe", [(r, (r - 1) % P) for r in range(P)])
-            carry = carry | {"sent_back": back}
+            busy = row["backward_m"] != IDLE
+            (carry,) = _when("backward", busy, lambda c: (self.backward(c, row),), carry)
+            carry = carry | {"sent_back": self.exchange(carry["sent_back"], -1)}
         return carry | {"ticks": carry["ticks"] + 1}, None
 
-    def buffer(size, shape, dtype):
-        return jnp.zeros((size, *shape), dtype)
+    def forward(self, carry: dict, row: dict) -> dict:
+        """One micro-batch through one virtual stage."""
+        parts, shared, v = self.parts, self.parts.inputs(row["forward_m"]), row["forward_v"]
 
-    kept = [] if split is None else split.shapes()
-    _, own = jax.eval_shape(parts.layer, *example)
-    layers = jax.tree.map(lambda s: buffer(V * most, s.shape, s.dtype), own)
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    carry = {
-        "arrived": buffer(max(plan.sizes["arrived"], 1), x_zero.shape, x_zero.dtype),
-        "arrived_back": buffer(max(plan.sizes["arrived_back"], 1), x_zero.shape, x_zero.dtype),
-        "finals": buffer(max(plan.sizes["finals"], 1), x_zero.shape, x_zero.dtype),
-        "kept": [buffer(plan.sizes["kept"] * most, s.shape, s.dtype) for s in kept],
-        "sent": x_zero,
-        "sent_back": x_zero,
-        "loss": loss_sums,
-        "layers": layers,
-        "block_gradients": zeros(variables) if training else None,
-        "end_gradients": zeros(ends) if training else None,
-        "ticks": jnp.int32(0),
-    }
-    for directions, ticks in schedule.phases():
-        rows = {name: jnp.asarray(values[ticks]) for name, values in plan.table.items()}
-        carry, _ = lax.scan(functools.partial(tick, directions), carry, rows)
-    loss, sums = carry["loss"]
-    gradients = carry["block_gradients"], carry["end_gradients"]
-    return Result(loss, sums, carry["layers"], *gradients, carry["ticks"])
+        def embedding(_):
+            return (parts.first(self.own_ends(parts.first_keys), shared),)
+
+        x = _read(carry["arrived"], row["take"])
+        (x,) = _when("embedding", self.is_first(v), embedding, x)
+
+        def layer(state, number):
+            def apply(x, kept, layers, loss):
+                place, slot = v * self.most + number, row["keep"] * self.most + number
+                ((y, own_loss), own), new = self.apply_layer(place, x, shared)
+                so_far = jax.tree.map(lambda s: s[place], layers)
+                layers = jax.tree.map(
+                    lambda s, value: s.at[place].set(value), layers, so_far.combined(own)
+                )
+                kept = [_write(b, slot, n) for b, n in zip(kept, new, strict=True)]
+                return y, kept, layers, loss + own_loss
+
+            return self.if_present(number, v, apply, *state), None
+
+        loss, sums = carry["loss"]
+        state = (x, carry["kept"], carry["layers"], loss)
+        (x, kept, layers, loss), _ = lax.scan(layer, state, jnp.arange(self.most))
+        carry = carry | {"kept": kept, "layers": layers, "loss": (loss, sums), "sent": x}
+        if self.training:  # the head runs where the backward begins
+            store = lambda finals: (_write(finals, row["final"], x),)  # noqa: E731
+            (finals,) = _when("head", self.is_last(v), store, carry["finals"])
+            return carry | {"finals": finals}
+
+        def head(loss):
+            return (_add(parts.last(self.own_ends(parts.last_keys), x, shared), loss),)
+
+        (loss,) = _when("head", self.is_last(v), head, carry["loss"])
+        return carry | {"loss": loss}
+
+    def backward(self, carry: dict, row: dict) -> dict:
+        """One micro-batch back through one virtual stage."""
+        parts, shared, v = self.parts, self.parts.inputs(row["backward_m"]), row["backward_v"]
+
+        def from_head(_, end_gradients, loss):
+            x = _read(carry["finals"], row["final_take"])
+            value, vjp, sums = jax.vjp(
+                lambda own, x: parts.last(own, x, shared), self.own_ends(parts.last_keys), x,
+                has_aux=True,
+            )  # fmt: skip
+            gradients, dx = vjp(jnp.ones_like(value))
+            return dx, _add_keys(end_gradients, gradients), _add((value, sums), loss)
+
+        dx = _read(carry["arrived_back"], row["take_back"])
+        dx, end_gradients, loss = _when(
+            "head", self.is_last(v), from_head, dx, carry["end_gradients"], carry["loss"]
+        )
+
+        def layer(state, number):
+            def apply(dx, accumulated):
+                place, slot = v * self.most + number, row["release"] * self.most + number
+                kept = [_read(buffer, slot) for buffer in carry["kept"]]
+                gradients, dx = self.split.backward(
+                    kept, *self.weights(place), self.x_zero, shared, dx
+                )
+                add = lambda a, g: a.at[place].add(g.astype(a.dtype))  # noqa: E731
+                return dx, jax.tree.map(add, accumulated, gradients)
+
+            return self.if_present(number, v, apply, *state), None
+
+        state = (dx, carry["block_gradients"])
+        (dx, block_gradients), _ = lax.scan(layer, state, jnp.arange(self.most), reverse=True)
+
+        def to_embedding(end_gradients):
+            own = self.own_ends(parts.first_keys)
+            _, vjp = jax.vjp(lambda own: parts.first(own, shared), own)
+            return (_add_keys(end_gradients, vjp(dx)[0]),)
+
+        (end_gradients,) = _when("embedding", self.is_first(v), to_embedding, end_gradients)
+        return carry | {
+            "block_gradients": block_gradients, "end_gradients": end_gradients, "loss": loss,
+            "sent_back": dx,
+        }  # fmt: skip
+
+    def apply_layer(self, place: Array, x: Array, shared: Any) -> tuple[Any, list[Array]]:
+        """What `Parts.layer` returns, and what its backward needs."""
+        if self.split is None:
+            return self.parts.layer(*self.weights(place), x, shared), []
+        return self.split.forward(*self.weights(place), x, shared)
+
+    def weights(self, place: Array | int) -> tuple[Any, Any]:
+        """Constants and variables of the layer at a place of the stack."""
+        index = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
+        return jax.tree.map(index, self.blocks)
+
+    def own_ends(self, names: tuple[str, ...]) -> dict:
+        return {name: self.ends[name] for name in names}
+
+    def is_first(self, v: Array) -> Array:
+        return (self.number == 0) & (v == 0)
+
+    def is_last(self, v: Array) -> Array:
+        return (self.number == self.P - 1) & (v == self.V - 1)
+
+    def if_present(self, layer: Array, v: Array, function: Callable, *operands: Any) -> Any:
+        """A place of the stack that holds no layer is skipped."""
+        if self.even:
+            return function(*operands)
+        return _when("layer", layer < self.counts[v], function, *operands)
+
+    def exchange(self, x: Array, step: int) -> Array:
+        ring = [(rank, (rank + step) % self.P) for rank in range(self.P)]
+        return lax.ppermute(x, "pipe", ring)
 
 
 def _when(name: str, condition: Array, function: Callable, *state: Any) -> Any:
@@ -305,12 +326,6 @@ def _when(name: str, condition: Array, function: Callable, *state: Any) -> Any:
             lambda loop: (jnp.array(False), function(*loop[1])),
             (condition, state),
         )[1]
-
-
-def _apply_layer(split, parts, weights, x, shared) -> tuple[Any, list[Array]]:
-    if split is None:
-        return parts.layer(*weights, x, shared), []
-    return split.forward(*weights, x, shared)
 
 
 def _read(buffer: Array, slot: Array) -> Array:
