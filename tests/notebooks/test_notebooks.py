@@ -13,6 +13,11 @@ SAID = {
         "attention weights [layer, row, head, query, key]: (2, 1, 4, 18, 18)",
         "ten steps of fine-tuning lower the loss: True",
     ),
+    "training": (
+        "on the mesh {'data': 2, 'pipe': 2, 'context': 2, 'tensor': 1}",
+        "attention/logits",
+        "as the trainer's, which stayed on eight data ranks: True",
+    ),
     "curation": (
         "v = \\frac{s}{t}",
         "kept 25, no_text 5",
