@@ -21,6 +21,7 @@ DATA = REPOSITORY.parent / "shared" / "data"
 CASES = {
     "faults": (["--only=kill", "--kills=1", "--seed=0", "--json={out}"], []),
     "hostile_pages": (["--count=40"], []),
+    "fsdp_layouts": ([], []),
     "hostile_run": (["--scale=0.01", "--ordinary=5"], []),
     "near_duplicates": (["--pairs=50", "--templates=95", "--edits=4"], []),
     "loader": (["--seconds=0.1", "--repeats=2", "--documents=2000",
