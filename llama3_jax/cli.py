@@ -42,6 +42,7 @@ def run(
     `doc` is what --help says before the options, by default the program's docstring.
     """
     exits.listen()
+    sys.unraisablehook = _unraisable
     # Of a worker that is ended, Python's tracker of semaphores would tell after the last line.
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
@@ -59,6 +60,13 @@ def run(
     except BaseException:  # libraries in Rust panic past Exception
         traceback.print_exc()
     exits.leave(code or 0)
+
+
+def _unraisable(error: Any) -> None:
+    """As Python's own hook, but for what tensorstore's threads say of writes that outlive a save
+    which failed, and whose error is raised as well."""
+    if not (isinstance(error.exc_value, RuntimeError) and "loop is closed" in str(error.exc_value)):
+        sys.__unraisablehook__(error)
 
 
 def _main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
