@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama3_jax.reporting import curation, evaluation, survival, tokenizers
+from llama3_jax.reporting import curation, evaluation, layers, survival, tokenizers
 from llama3_jax.reporting.page import Section, write_report
 from llama3_jax.reporting.records import load, read_records, require_run
 
@@ -13,6 +13,7 @@ Part = Callable[[Path, Sequence[dict[str, Any]]], list[Section]]
 PARTS: tuple[Part, ...] = (
     lambda workdir, _: curation.sections(workdir),
     evaluation.sections,
+    lambda _, records: layers.sections(records),
     lambda workdir, _: survival.sections(workdir),
     lambda workdir, _: tokenizers.sections(workdir),
 )
