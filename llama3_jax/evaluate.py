@@ -6,7 +6,7 @@
         --lengths=4096,32768,131072 --keys=1,4 --mesh=context=8
 
 --model is a run's workdir (its newest checkpoint), one checkpoint, a model folder (the averaged
-one, converted weights), or a Hugging Face directory; where no tokenizer lies beside it, give one by
+one, converted weights), or a Hugging Face directory; where there is no tokenizer beside it, give one by
 --tokenizer. Needles are scored in one forward pass each, rows spread over the mesh's context axis,
 with the words of the run's own needles where it has some. --output gets results.json and, with
 needles, evaluation.html with the heat map.

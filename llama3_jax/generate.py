@@ -4,7 +4,7 @@
         --max_new_tokens=100 --temperature=0.8 --top_p=0.95
 
 --model is a run's workdir (its newest checkpoint), one checkpoint, converted weights, or a Hugging
-Face directory; where no tokenizer lies beside it, give one by --tokenizer.
+Face directory; where there is no tokenizer beside it, give one by --tokenizer.
 """
 
 from pathlib import Path

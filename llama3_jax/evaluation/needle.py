@@ -37,7 +37,7 @@ _SNAP = 64
 class NeedleConfig(Config):
     """What is asked. `haystack` is a tokenised corpus, or a file of text.
 
-    `depths` places from 0 to 1, `seeds` haystacks a cell, `keys` how many needles lie in one; their
+    `depths` places from 0 to 1, `seeds` haystacks a cell, `keys` how many needles are in one; their
     keys and values are drawn from the words.
     `lengths` are those of the evaluation alone; a gate takes those of the stages so far.
     """

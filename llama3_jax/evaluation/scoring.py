@@ -45,7 +45,7 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """A model on a mesh, made to score. `params` lie on the mesh (see training/step.py).
+    """A model on a mesh, made to score. `params` are sharded on the mesh (see training/step.py).
 
     Every process gets all results.
     """

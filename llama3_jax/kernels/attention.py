@@ -30,7 +30,7 @@ _ROWS_CHUNK = 512
 
 
 class Places(NamedTuple):
-    """Where each token lies: its position in its document, and which document (segment) that is.
+    """Of each token its position in its document, and which document (segment) that is.
 
     Queries may have a position before which they see nothing (a sliding window); None: they see all.
     """

@@ -6,7 +6,7 @@ when differentiated, at once both gradients: the result is one sum, whose cotang
 that scales them afterwards, so no logits are kept or computed again. Positions outside of the mask
 are sorted behind the others and cost nothing.
 
-The vocabulary may lie split over ranks, which then exchange one maximum, one sum and one target
+The vocabulary may be split over ranks, which then exchange one maximum, one sum and one target
 logit a token, never logits (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 
 Shapes: N tokens, C tokens of a chunk, M model dim, V vocabulary entries of this rank, W tiles of the
@@ -196,7 +196,7 @@ class Chunks(Protocol):
         """Tokens of a chunk; None: as many as CHUNK_BYTES hold."""
 
     def tiles(self, x_CM, head_MV, own_C, live, with_exponentials: bool) -> Tiles:
-        """`own_C` are the targets as this rank counts them (some may lie outside of it); rows from
+        """`own_C` are the targets as this rank counts them (some may be outside of it); rows from
         `live` on may be anything."""
 
     def dlogits(self, exponentials_CV, scale_CW, own_C, live) -> Float[Array, "C V"]:

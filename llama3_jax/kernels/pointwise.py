@@ -1,4 +1,4 @@
-"""What lies between the products of a block: RMSNorm after a residual sum, RoPE, SwiGLU.
+"""What is between the products of a block: RMSNorm after a residual sum, RoPE, SwiGLU.
 
 "reference" is the definition, in plain JAX, which XLA fuses by itself. "triton" (gpu/pointwise.py)
 is one launch for each, forward and backward. Neither was timed against the other on a GPU yet, so

@@ -1,7 +1,7 @@
 """Generation with a KV cache: ragged prompts in one batch, greedy or sampled.
 
 A prompt is padded on the right, so a row's slot i holds its position i. What padding writes into
-the cache lies at positions after the prompt, each overwritten by the generated token of that
+the cache is at positions after the prompt, each overwritten by the generated token of that
 position before any query may see it.
 """
 

@@ -2,7 +2,7 @@
 
 Every parameter is float32 and carries its logical axes; `parallel/sharding.py` maps those to mesh
 axes. On a mesh a block computes one rank's part: its tensor rank's heads and FFN columns, for its
-context rank's tokens, which between the products lie split over the tensor ranks too.
+context rank's tokens, which between the products are split over the tensor ranks too.
 
 Shapes: B batch, S length, s = S / tensor ranks, T length of a whole row, M model dim, H query
 heads, K KV heads, D head dim, F FFN dim; H, K and F are one rank's.
@@ -63,7 +63,7 @@ class Cache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer gets beside its input: RoPE tables, where queries and keys lie, the ranks.
+    """What every layer gets beside its input: RoPE tables, positions and documents, the ranks.
 
     `rows` are the queries' indices among the keys where they are not simply all of them, `spans`
     the mask as attention="triton" takes it. With a cache, a new key goes to the slot of its

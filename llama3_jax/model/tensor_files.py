@@ -23,7 +23,7 @@ _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 class Stored(NamedTuple):
-    """Where the bytes of a tensor lie."""
+    """Where a tensor is in its file."""
 
     file: Path
     dtype: np.dtype

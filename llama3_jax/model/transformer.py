@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
         table = self.embedding[...]
         if ranks.tensor == 1:
             return lookup(table, tokens, self.config.dtype)
-        # A token lies in one rank's part; the others add zeros.
+        # A token is in one rank's part; the others add zeros.
         own = tokens - ranks.vocabulary_offset(len(table))
         inside = (own >= 0) & (own < len(table))
         x = lookup(table, jnp.where(inside, own, len(table)), self.config.dtype)

@@ -1,4 +1,4 @@
-"""Context parallelism: how a row's tokens lie over the ranks, and how even that is.
+"""Context parallelism: how a row's tokens are split over the ranks, and how even that is.
 
 A row is cut in 2·CP chunks and rank i takes chunks i and 2·CP-1-i, so that under a causal mask
 every rank sees as many (query, key) pairs (Llama 3 paper, section 3.3.2).
@@ -15,7 +15,7 @@ def rank_chunks(context: int) -> Int[np.ndarray, "context 2"]:
 
 
 def balanced_columns(length: int, context: int) -> Int[np.ndarray, "length"]:
-    """Columns of a row in the order in which they lie over the ranks."""
+    """Columns of a row in the order in which the ranks hold them."""
     if context == 1:
         return np.arange(length)
     return np.arange(length).reshape(2 * context, -1)[rank_chunks(context).reshape(-1)].reshape(-1)

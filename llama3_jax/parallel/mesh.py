@@ -1,6 +1,6 @@
 """The one device mesh: axes data, pipe, context, tensor, outer to inner.
 
-The order is that of the Llama 3 paper (section 3.3.2): the axis that talks most lies innermost, on
+The order is that of the Llama 3 paper (section 3.3.2): the axis that communicates most is innermost, on
 the links inside a host.
 """
 

@@ -4,7 +4,7 @@ A `lax.scan` over ticks; in a tick each rank may run one forward and one backwar
 that an idle slot costs nothing; a ring exchange follows each. The first and the last ticks, in
 which no rank has a backward or a forward, are scans of their own that exchange in one direction
 only. What arrives too
-early and what waits for its backward lies in buffers, whose slots are laid out beforehand from the
+early and what waits for its backward is in buffers, whose slots are laid out beforehand from the
 schedule: they are as large as the schedule's in-flight activations and no larger.
 """
 

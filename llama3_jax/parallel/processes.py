@@ -172,7 +172,7 @@ def _one_task_a_node() -> bool:
 def local_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """This (or another) process's part of a batch as (host, hosts): the host-th of `hosts` equal parts.
 
-    A batch's rows lie along the mesh's data axis, so a process needs the rows of those data ranks
+    A batch's rows are split along the mesh's data axis, so a process needs the rows of those data ranks
     of which it has a device. Processes that share a data rank (its devices being those of several)
     get the same rows.
 

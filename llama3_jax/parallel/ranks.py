@@ -31,7 +31,7 @@ GATHERED_ACTIVATIONS = "gathered_activations"
 class Collectives(NamedTuple):
     """How many ranks each axis has, and the collectives of the model's code.
 
-    Sequences lie split over context in chunks (parallel/context.py), and between the products of a
+    Sequences are split over context in chunks (parallel/context.py), and between the products of a
     block each rank's part is split once more over tensor.
     """
 
@@ -116,7 +116,7 @@ class Collectives(NamedTuple):
         return natural_order(lax.all_gather(x, "context", axis=1, tiled=True), self.context)
 
     def row_indices(self, local_length: int) -> Int[Array, "S"] | None:
-        """Where this rank's tokens lie in the whole row; None where they are the whole row."""
+        """The indices of this rank's tokens in the whole row; None where they are the whole row."""
         if self.context == 1:
             return None
         chunks = jnp.asarray(rank_chunks(self.context))[lax.axis_index("context")]

@@ -1,7 +1,7 @@
 """What a layer keeps between its forward and its backward pass, as plain arrays.
 
 A pipeline runs other micro-batches between the two, so what automatic differentiation would hold in
-a closure has to lie in a buffer. Only what depends on the layer's input is kept: weights, and what
+a closure has to be in a buffer. Only what depends on the layer's input is kept: weights, and what
 is made of weights and positions alone, are at hand again when the backward runs.
 """
 

@@ -1,6 +1,6 @@
 """Pipeline schedules as data: which rank computes what, tick by tick, and what that costs.
 
-The network is cut in P x V chunks of layers; chunk c lies on rank c mod P as its virtual stage
+The network is cut in P x V chunks of layers; chunk c is on rank c mod P as its virtual stage
 c // P (interleaving: Narayanan et al. 2021, arXiv 2104.04473, section 2.2). In one tick a rank runs
 at most one forward and then at most one backward, each for one micro-batch through one chunk, and
 passes the results to its neighbours. `make_schedule` plays the ranks' orders against each other;

@@ -1,4 +1,4 @@
-"""How layers lie over the pipeline: chunks, and the stacked arrays that hold them.
+"""How layers are assigned to the pipeline: chunks, and the stacked arrays that hold them.
 
 Outside of the step the blocks' parameters are stacked [layers, ...] in the network's order, which
 is also how checkpoints hold them. On a pipelined mesh they are stacked [ranks x virtual x most
@@ -19,7 +19,7 @@ from llama3_jax.parallel.mesh import MeshConfig
 
 
 class Stages(NamedTuple):
-    """`counts[r][v]` layers lie in virtual stage v of rank r; `order[i]` is the layer at place i of
+    """`counts[r][v]` layers are in virtual stage v of rank r; `order[i]` is the layer at place i of
     the pipelined stack, or -1."""
 
     counts: tuple[tuple[int, ...], ...]
@@ -48,7 +48,7 @@ def make_stages(layers: int, config: MeshConfig) -> Stages:
     sizes = np.full(chunks, most)
     lighter = chunks * most - layers
     ends = [0, chunks - 1][: min(lighter, 2)] if chunks > 1 else []
-    # The others that are lighter lie evenly between the ends.
+    # The others that are lighter are spread evenly between the ends.
     rest = lighter - len(ends)
     between = 1 + np.floor((np.arange(rest) + 0.5) * (chunks - 2) / max(rest, 1)).astype(int)
     sizes[[*ends, *between]] -= 1
@@ -90,6 +90,6 @@ def from_stages(stacked: Any, stages: Stages) -> Any:
 
 
 def places_of_layers(stages: Stages) -> Int[np.ndarray, "layers"]:
-    """Where each layer lies in the pipelined stack."""
+    """Each layer's place in the pipelined stack."""
     order = np.array(stages.order)
     return np.argsort(np.where(order < 0, len(order), order), kind="stable")[: (order >= 0).sum()]

@@ -1,6 +1,6 @@
 """How long a step takes: a roofline of products, attention, memory passes and links.
 
-Times are seconds of one GPU. Products and attention run at an achieved share of the peak, what lies
+Times are seconds of one GPU. Products and attention run at an achieved share of the peak, what is
 between them at the memory's speed, collectives at the link's; what XLA does not overlap is added up:
 by the compiled step's own schedule where there is one.
 """

@@ -113,7 +113,7 @@ def _activations(case: Case) -> float:
         return case.model.layers * layer_residuals(case)
     most = make_stages(case.model.layers, mesh).most
     flying = max(in_flight_limits(mesh, case.micro_batches))
-    # Between stages lie what arrives, what is sent and what waits for the head.
+    # Between stages there is what arrives, what is sent and what waits for the head.
     waiting = 2 * mesh.contiguous_or(case.micro_batches) + 2
     return flying * most * layer_residuals(case) + waiting * boundary
 
@@ -122,7 +122,7 @@ def _head_inside(case: Case, kept: bool) -> float:
     """Logits and what is made of them, and the head's gathered table with its gradient.
 
     XLA has three float32 arrays of logits alive at once, and two where the vocabulary is split or
-    the head lies inside a loop: over micro-batches, or over the pipeline's ticks.
+    the head is inside a loop: over micro-batches, or over the pipeline's ticks.
     """
     model, tokens, width = case.model, case.rank_tokens, case.width
     vocabulary = model.vocab_size // case.mesh.tensor
@@ -130,7 +130,7 @@ def _head_inside(case: Case, kept: bool) -> float:
         copies = 3 if case.mesh.pipe == case.mesh.tensor == case.micro_batches == 1 else 2
         inside = tokens * vocabulary * (copies * _F32 + width)
     else:  # a chunk of logits at a time, and the head's gradient at once with them
-        chunks = 1 if model.loss == "triton" else 3  # its gradient lies where its logits did
+        chunks = 1 if model.loss == "triton" else 3  # its gradient is where its logits were
         inside = chunks * CHUNK_BYTES + vocabulary * model.dim * _F32
     inside += 2 * width * tokens * model.dim
     if _gathers(case, kept):

@@ -206,7 +206,7 @@ def _over_ranks(model: _Model, sums: LossSums) -> LossSums:
 
 
 def make_scores(model: ModelLike, layout: Layout):
-    """(params, batch) -> Scores, on global arrays; columns lie as the batch's do."""
+    """(params, batch) -> Scores, on global arrays; columns are in the batch's order."""
     model = _model(model, layout, sources=1)
 
     def on_rank(params: Params, batch: Batch):

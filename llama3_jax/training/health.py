@@ -29,7 +29,7 @@ _LEAST_DEVIATION = 0.01
 class HealthConfig(Config):
     """When a step is a spike, and what the run does about it.
 
-    A loss or gradient norm is a spike when it lies more than `deviations` standard deviations,
+    A loss or gradient norm is a spike when it is more than `deviations` standard deviations,
     robustly estimated, above the median of the last `window` steps of its stage (128 and 6 are
     those of OLMo-core's skip-step optimizers, there of mean and standard deviation); a stage's
     first `least` steps have no band. Gradient norms are compared by their logarithms.

@@ -74,7 +74,7 @@ def triton_call(
 ) -> list[jax.Array]:
     """Launches `kernel(*inputs, *outputs, **constants)` once for each point of `grid`.
 
-    Outputs start uninitialised; but those of `in_place` {input: output} lie where the input does:
+    Outputs start uninitialised; but those of `in_place` {input: output} are where the input is:
     the kernel reads and writes them by the input's parameter, and the output's own it ignores.
 
     Raises:

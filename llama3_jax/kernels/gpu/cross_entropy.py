@@ -67,7 +67,7 @@ def _tile_kernel(
             x_at += DEPTH
             head_at += DEPTH * V
         own = tl.load(own_ptr + rows, mask=rows < C, other=-1)
-        # Before the columns beyond V are masked: another rank's target may seem to lie there.
+        # Before the columns beyond V are masked: another rank's target may seem to be there.
         target = tl.sum(tl.where(columns[None, :] == own[:, None], logits, 0.0), 1)
         logits = tl.where(columns[None, :] < V, logits, -1e30)
         largest = tl.max(logits, 1)
