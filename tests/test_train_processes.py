@@ -230,6 +230,7 @@ def four(start, config, two, tmp_path_factory) -> tuple[Path, int, float, list]:
 QUICK = "--config.validation.every_tokens=1_000_000", "--config.samples.prompts=()"
 
 
+@pytest.mark.slow
 def test_one_goes_on_from_it_on_other_meshes(alone, one):
     assert one.keys() == {key for key in alone if key[1] > 4}
     for step in range(5, STEPS + 1):

@@ -88,7 +88,11 @@ def undisturbed(train, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("place", ["validation", "evaluation", "gate", "save"])
+@pytest.mark.parametrize(
+    "place",
+    ["validation", pytest.param("evaluation", marks=pytest.mark.slow), "gate",
+     pytest.param("save", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_signal_there_is_seen_at_once_and_nothing_is_lost_or_done_twice(
     train, undisturbed, tmp_path, place
 ):

@@ -7,7 +7,7 @@ from llama3_jax.model.config import ModelConfig
 from llama3_jax.parallel.mesh import MeshConfig
 from llama3_jax.parallel.schedule import Schedule, make_schedule
 from llama3_jax.recipe.config import RunConfig
-from llama3_jax.recipe.prepare import lay_out
+from llama3_jax.recipe.prepare import lay_out, stage_model
 from llama3_jax.recipe.timeline import ResolvedStage
 from llama3_jax.training.optimizer import OptimizerConfig
 from llama3_jax.xla import DEFAULT, XlaConfig
@@ -57,9 +57,8 @@ class Case(NamedTuple):
 
 
 def case_of(config: RunConfig, stage: ResolvedStage) -> Case:
-    model = config.model.model_copy(update={"rope": stage.rope})
     return Case(
-        stage.name, model, config.optimizer, stage.mesh, stage.batch_rows, stage.length,
+        stage.name, stage_model(config, stage), config.optimizer, stage.mesh, stage.batch_rows, stage.length,
         stage.micro_batches, stage.steps, len(config.data.sources), config.xla,
     )  # fmt: skip
 

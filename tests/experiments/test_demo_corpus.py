@@ -125,6 +125,7 @@ def test_text_reads_as_its_source(built):
     assert joined["code"].count("\ndef ") + joined["code"].count("    def ") > 3_000
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_same_files(built, tmp_path):
     folder, sizes, _ = built
     (tmp_path / "code.jsonl").write_text("an older build\n")

@@ -34,7 +34,14 @@ def test_all_notebooks_are_listed():
     assert {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")} == set(SAID)
 
 
-@pytest.mark.parametrize("name", SAID)
+# The model and the training loop are what readers change first; the others take minutes.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("scaling_laws", "planning") else ())
+        for n in SAID
+    ],
+)
 def test_a_notebook_runs(name):
     path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)

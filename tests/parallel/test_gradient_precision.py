@@ -76,14 +76,21 @@ def expected() -> dict[str, np.ndarray]:
 
 MESHES = {
     "one": MeshConfig(),
-    "zero3": MeshConfig(data=2, tensor=2),
-    "kept": MeshConfig(data=4, reshard_after_forward=False),
+    "resharded": MeshConfig(data=2, tensor=2),
+    "whole": MeshConfig(data=4, reshard_after_forward=False),
     "pipe": MeshConfig(pipe=2, data=2),
 }
+SLOW = ("whole", "resharded")
 
 
-@pytest.mark.parametrize(("name", "config"), MESHES.items(), ids=MESHES)
-def test_no_gradient_is_off_by_more_than_bfloat16_products_are(name, config):
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(mesh, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, mesh in MESHES.items()
+    ],
+)
+def test_no_gradient_is_off_by_more_than_bfloat16_products_are(config):
     layout = make_mesh(config, jax.devices()[: config.devices])
     function = jax.jit(make_gradients(MODEL, layout, 4, 1))
     arguments = stack_stages(random_params(MODEL), MODEL, layout), put_batch(batch(), layout)

@@ -13,7 +13,7 @@ from llama3_jax.planning.memory import forecast
 from llama3_jax.planning.traffic import in_step
 from tests.planning.compile_cases import CASES
 
-QUICK = ("zero3", "kernels", "pipeline", "all four")
+QUICK = ("zero3", "all four")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -51,10 +51,6 @@ def test_memory_and_traffic_are_those_of_the_compiled_step(quick, name):
     check(name, quick[name])
 
 
-def test_the_kernels_that_were_asked_for_are_in_the_program(quick):
-    assert quick["kernels"]["kernels"] > 5 and quick["zero3"]["kernels"] == 0
-
-
 def test_links_are_those_that_the_groups_span(quick):
     links = {(tuple(axes), link) for _, axes, link, n in quick["all four"]["bytes"] if n > 1e6}
     assert (("tensor",), "NVLink") in links and (("data", "context"), "network") in links
@@ -70,6 +66,7 @@ def test_the_other_cases():
     results = compiled([name for name in BY_NAME if name not in QUICK])
     for name, result in results.items():
         check(name, result)
+    assert results["kernels"]["kernels"] > 5 and results["zero3 again"]["kernels"] == 0
 
 
 def planned(config: str, folder) -> dict:
@@ -110,11 +107,12 @@ def long_context(tmp_path_factory) -> dict:
     return planned("llama3_405b.py:128k_16384", tmp_path_factory.mktemp("plan"))
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_gathered_and_queries_are_not(long_context):
     found = {(c["kind"], *c["axes"]): c for c in long_context["collectives"]}
     assert not any(kind == "all-to-all" for kind, *_ in found)
     gathers = found["all-gather", "context"]
-    # One KV head of 128 a tensor rank, and the integers that say where the keys lie; a rank's 16
+    # One KV head of 128 a tensor rank, and the integers that say where the keys are; a rank's 16
     # query heads would be 2,048 wide.
     shapes = {tuple(shape) for shape in gathers["shapes"]}
     assert shapes == {("bf16", 131_072, 128), ("s32", 131_072)}
@@ -124,6 +122,7 @@ def test_keys_and_values_are_gathered_and_queries_are_not(long_context):
     assert gathers["bytes"] == pytest.approx(4 * passes * 131_072 * 128 * 2 * 15 / 16, rel=0.02)
 
 
+@pytest.mark.slow
 def test_sites_of_each_collective_are_as_many_as_were_written(long_context):
     """An upgrade that gathers twice, or keeps apart what was one, is seen here."""
     sites = {(c["kind"], *c["axes"]): c["sites"] for c in long_context["collectives"]}

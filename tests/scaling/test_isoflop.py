@@ -71,6 +71,7 @@ def covers(methods, resamples, repeats=200):
     return {method: np.mean(hit, axis=0) for method, hit in hits.items()}
 
 
+@pytest.mark.slow
 def test_intervals_of_the_methods_per_budget_cover_the_truth():
     for method, shares in covers(PER_BUDGET, 300).items():
         assert (shares >= 0.85).all() and (shares <= 0.95).all(), (method, shares)
@@ -98,6 +99,7 @@ def test_an_outlier_is_named_and_both_results_are_shown():
         assert found["spread"]["alpha"][0] <= fit["without_outliers"]["ci"]["alpha"][0]
 
 
+@pytest.mark.slow
 def test_leaving_out_a_budget_is_fitting_the_others():
     runs = isoflop_runs(CHINCHILLA, BUDGETS, noise=0.005, seed=2)
     found = fitted(runs, resamples=50)

@@ -29,6 +29,7 @@ def made_runs(count=80, noise=0.0, seed=0, sizes=(1.0,)):
     return MixRuns(tuple("abcd"), ("x", "y"), weights, params, losses)
 
 
+@pytest.mark.slow
 def test_the_exponential_law_is_found_and_chosen():
     law = fit_mix(made_runs(noise=0.002))
     assert law.name == "exponential"
@@ -46,6 +47,7 @@ def test_the_size_ladder_predicts_a_larger_models_loss():
     assert transfer["spearman"] > 0.98 and transfer["ci"][0] > 0.9
 
 
+@pytest.mark.slow
 def test_cross_validation_keeps_a_mix_in_one_fold():
     """Pure noise repeated: a law that saw a twin of the left-out run would seem to predict it."""
     rng = np.random.default_rng(0)
