@@ -99,7 +99,7 @@ def attention_problem(random, name, dtype, heads, documents, context) -> Problem
 
 def _places(positions, segments, rows):
     keys = attention.Places(positions, segments)
-    return attention.Places(*(x[:, rows] for x in keys)), keys
+    return jax.tree.map(lambda x: x[:, rows], keys), keys
 
 
 def attention_of_rows(implementation, q, k, v, positions, segments, rows, at: bool = True):

@@ -501,14 +501,14 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_files(command, crawl, tmp
         command("curate", f"--config={config}", f"--workdir={tmp_path / 'whole'}").returncode == 0
     )
     work, random_ = tmp_path / "work", random.Random(0)
-    command = [sys.executable, "-m", "llama3_jax.curate", f"--config={config}", f"--workdir={work}"]
+    argv = [sys.executable, "-m", "llama3_jax.curate", f"--config={config}", f"--workdir={work}"]
 
     def entries() -> int:
         return sum(len(folders) + len(names) for _, folders, names in os.walk(work))
 
     kills = 0
     for _ in range(6):
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         goal = entries() + random_.randint(1, 6)
         while process.poll() is None and entries() < goal:
             time.sleep(0.002)
@@ -552,11 +552,11 @@ def test_a_ray_worker_that_dies_changes_nothing(command, crawl, tmp_path):
         # Addresses of their own, or the run might hang on the node that is killed.
         addresses = ("127.0.0.2", "127.0.0.3")
         workers = [cluster.add_node(num_cpus=1, node_ip_address=ip) for ip in addresses]
-        command = [
+        argv = [
             sys.executable, "-m", "llama3_jax.curate", f"--config={config}",
             f"--workdir={tmp_path / 'ray'}", "--runner=ray", f"--address={cluster.address}",
         ]  # fmt: skip
-        process = subprocess.Popen(command, cwd=REPOSITORY)
+        process = subprocess.Popen(argv, cwd=REPOSITORY)
         while process.poll() is None and not list(tmp_path.glob("ray/stages/.01_extract*")):
             time.sleep(0.1)
         time.sleep(3)

@@ -293,12 +293,12 @@ class TestAnExistingCorpus:
         out = tmp_path / "out"
         tokenize([source], out, byte_tokenizer, Options(holdout=0.3))
         before = content(out / "train") | content(out / "validation")
-        command = ["tokenize", "encode", f"--input={more}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
-        done = command(*command)
+        options = ["tokenize", "encode", f"--input={more}", f"--output={out}", f"--tokenizer={byte_tokenizer}"]  # fmt: skip
+        done = command(*options)
         message = f"error: --output={out} holds a corpus; name another folder, or add --overwrite"
         assert (done.returncode, done.stderr.strip()) == (2, message)
         assert content(out / "train") | content(out / "validation") == before
-        done = command(*command, "--overwrite")
+        done = command(*options, "--overwrite")
         assert done.returncode == 0, done.stderr
         assert len(texts(out / "train")) == 5 and not (out / "validation").exists()
 

@@ -53,7 +53,10 @@ def three_steps(model: ModelConfig, optimizer: OptimizerConfig, mesh: MeshConfig
     return jax.device_get(relayout(state.params, model, layout, None)), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("muon", "lora") else ()) for n in VARIANTS],
+)
 def test_a_variant_is_the_same_on_a_mesh(name):
     own, of_optimizer = changes(name)
     model, optimizer = ModelConfig(**SHAPE | own), OptimizerConfig(**of_optimizer)
