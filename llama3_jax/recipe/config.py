@@ -60,10 +60,10 @@ class ValidationConfig(Config):
 
 
 class StatisticsConfig(Config):
-    """Per layer, every `every_steps`: root mean square and largest absolute value of what the modules
+    """Per layer, every `every_steps` (None: never): root mean square and largest absolute value of what the modules
     sow (model/sowing.py), and of the gradients and updates of their parameters."""
 
-    every_steps: pydantic.PositiveInt
+    every_steps: pydantic.PositiveInt | None = None
 
 
 class SampleConfig(Config):
@@ -94,7 +94,7 @@ class RunConfig(Config):
     validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
     samples: SampleConfig = SampleConfig()
-    statistics: StatisticsConfig | None = None
+    statistics: StatisticsConfig = StatisticsConfig()
     health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     xla: XlaConfig = XlaConfig()

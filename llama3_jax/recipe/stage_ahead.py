@@ -75,7 +75,7 @@ class StageAhead:
         left = stages[index].first_step - step
         begun = self._compiling is not None and self._compiling[0] == index
         if left <= COMPILE_STEPS and not begun and run.config.xla.compile_ahead:
-            for statistics in (False, True) if run.config.statistics else (False,):
+            for statistics in (False, True) if run.config.statistics.every_steps else (False,):
                 arguments = step_arguments(run, index, layouts[index], batch, statistics)
                 future = self._pool.submit(compiled_step, *arguments)
                 self._compiling = index, self._compiling[1] if statistics else future

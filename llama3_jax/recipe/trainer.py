@@ -207,7 +207,8 @@ class Trainer:
 
 def statistics_due(config: RunConfig, step: int) -> bool:
     """Whether the step after `step` steps gives statistics of its layers."""
-    return config.statistics is not None and (step + 1) % config.statistics.every_steps == 0
+    every = config.statistics.every_steps
+    return every is not None and (step + 1) % every == 0
 
 
 def _recorded(records: Sequence[Mapping[str, Any]]) -> set[tuple[str, str | None]]:

@@ -184,7 +184,9 @@ def test_compiling_ahead_can_be_switched_off(corpora, compilations):
     for batch in trainer.batches():
         trainer.train_step(batch)
     trainer.close()
-    assert [in_main for in_main, _ in compilations] == [True] * 3
+    assert trainer._ahead._compiling is None
+    # A thread of an earlier test may still be at work: its own are not counted.
+    assert sum(in_main for in_main, _ in compilations) == 3
 
 
 def test_statistics_of_each_layer_every_so_many_steps(corpora):
