@@ -79,6 +79,9 @@ def test_a_loop_of_ones_own_with_an_action_and_metrics_in_memory(corpora):
 @pytest.fixture
 def compilations(monkeypatch):
     """Which thread compiled the train step of which length and rows."""
+    for thread in threading.enumerate():  # of an earlier test
+        if thread.name.startswith("next-stage"):
+            thread.join(60)
     stage_ahead.compiled_step.cache_clear()
     found, compile = [], jax.stages.Lowered.compile
 
