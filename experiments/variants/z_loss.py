@@ -17,7 +17,7 @@ from llama3_jax.parallel.ranks import SINGLE_DEVICE
 class ZLossTransformer(Transformer):
     def losses(self, x, targets, mask, ranks=SINGLE_DEVICE):
         total, losses = super().losses(x, targets, mask, ranks)
-        logits = self.logits(ranks.gather_sequence(self.final_norm(x)))
+        logits = self.logits(self.final_hidden(x, ranks))
         # No logit is a target: what is left of the loss is the log-sum-exp, over all tensor ranks.
         log_sum_exp = token_losses(logits, jnp.full_like(targets, -1), ranks)
         penalty = jnp.sum(jnp.where(mask, log_sum_exp**2, 0.0))

@@ -22,6 +22,7 @@ from llama3_jax.parallel.context import balanced_columns
 from llama3_jax.parallel.mesh import Layout
 from llama3_jax.parallel.processes import local_rows
 from llama3_jax.training.gradients import make_scores
+from llama3_jax.training.state import param_shardings
 from llama3_jax.xla import DEFAULT, XlaConfig
 
 
@@ -156,10 +157,9 @@ class Scorer:
 
 @functools.cache
 def _compile(model: Definition, layout: Layout, xla: XlaConfig):
-    params = sharding.shardings(model.axes(), layout)
     return jax.jit(
         make_scores(model, layout),
-        in_shardings=(params, None),
+        in_shardings=(param_shardings(model, layout), None),
         out_shardings=sharding.replicated(layout),
         compiler_options=xla.compiler_options(layout.platform, layout.config.tensor_pieces),
     )

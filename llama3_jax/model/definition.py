@@ -86,7 +86,7 @@ class Definition:
         axes = jax.tree.leaves(self.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
         shapes = jax.tree_util.tree_leaves_with_path(self.abstract_params())
         return [
-            Parameter(".".join(str(key.key) for key in path), x.shape, names)
+            Parameter(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, names)
             for (path, x), names in zip(shapes, axes, strict=True)
         ]
 

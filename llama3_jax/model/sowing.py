@@ -7,6 +7,9 @@ Both come out of every layer on every mesh (training/gradients.py). What is sown
 is seen by `nnx.capture` on one device alone.
 """
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +87,9 @@ class LayerSums(NamedTuple):
         return LayerSums(losses, pairs)
 
 
-def layer_sums(losses: dict[tuple, Any], statistics: dict[tuple, Any]) -> LayerSums:
+def layer_sums(
+    losses: Mapping[tuple, Any], statistics: Mapping[tuple, Any] = MappingProxyType({})
+) -> LayerSums:
     """Of what one block sowed of each kind. What is sown twice under one name is added up."""
 
     def name(path: tuple) -> str:
@@ -92,16 +97,9 @@ def layer_sums(losses: dict[tuple, Any], statistics: dict[tuple, Any]) -> LayerS
 
     return LayerSums(
         {name(path): sum(values) for path, values in losses.items()},
-        {name(path): _all(values) for path, values in statistics.items()},
+        {name(path): functools.reduce(Moments.combined, v) for path, v in statistics.items()},
     )
 
 
 def auxiliary(sums: LayerSums) -> Float[Array, ""]:
     return sum(map(jnp.sum, sums.losses.values()), start=jnp.zeros(()))
-
-
-def _all(values: tuple[Moments, ...]) -> Moments:
-    first, *rest = values
-    for other in rest:
-        first = first.combined(other)
-    return first

@@ -148,6 +148,12 @@ class Transformer(nnx.Module):
         """Of `hidden`: product in the activations' dtype, accumulated and returned in float32."""
         return linear(hidden, self.head_matrix(), jnp.float32)
 
+    def final_hidden(
+        self, x: Float[Array, "batch part dim"], ranks: Collectives = SINGLE_DEVICE
+    ) -> Float[Array, "batch length dim"]:
+        """The last block's output, normed, of all tokens of the context rank."""
+        return ranks.gather_sequence(self.final_norm(x))
+
     def losses(
         self,
         x: Float[Array, "batch part dim"],
@@ -157,8 +163,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
         """Of the last block's output: the sum of the masked losses in nats, which has a gradient,
         and each token's part of it."""
-        hidden = ranks.gather_sequence(self.final_norm(x))
-        loss = self.config.loss
+        hidden, loss = self.final_hidden(x, ranks), self.config.loss
         return linear_cross_entropy(hidden, self.head_matrix(), targets, mask, loss, ranks)
 
     def scores(
@@ -169,7 +174,7 @@ class Transformer(nnx.Module):
         ranks: Collectives = SINGLE_DEVICE,
     ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
         """Of each masked token its loss in nats, and whether it is the likeliest. See `losses`."""
-        hidden = ranks.gather_sequence(self.final_norm(x))
+        hidden = self.final_hidden(x, ranks)
         return linear_scores(hidden, self.head_matrix(), targets, mask, ranks)
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -53,10 +52,6 @@ class Scores(NamedTuple):
     is_argmax: Array
 
 
-class _Nothing(nnx.Variable):
-    """Sown by nobody."""
-
-
 class _Shared(NamedTuple):
     """What all layers need of one micro-batch."""
 
@@ -77,9 +72,9 @@ class _Model(NamedTuple):
     statistics: bool
 
     @property
-    def kinds(self) -> tuple[type, type]:
-        """What is kept of what blocks sow: without statistics nothing of the second kind."""
-        return AuxiliaryLoss, Statistic if self.statistics else _Nothing
+    def kinds(self) -> tuple[type, ...]:
+        """What is kept of what blocks sow."""
+        return (AuxiliaryLoss, Statistic) if self.statistics else (AuxiliaryLoss,)
 
     @property
     def config(self) -> ModelConfig:

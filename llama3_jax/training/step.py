@@ -109,7 +109,7 @@ def _statistics(sums, grads: Params, updates: Params, model: Definition, layout:
     found = dict(sums.layers.statistics)
     for kind, tree in (("gradient", grads), ("update", updates)):
         for path, x in jax.tree_util.tree_leaves_with_path(tree[BLOCKS]):
-            name = "/".join(str(key.key) for key in path)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             found[f"{name}/{kind}"] = jax.vmap(moments)(x)
     if layout.config.pipe > 1:
         places = places_of_layers(make_stages(model.config.layers, layout.config))
